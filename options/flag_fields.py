@@ -1,0 +1,23 @@
+"""How a flag dataclass declares a field; `common.flags` turns such a dataclass into a command line."""
+
+from dataclasses import MISSING, field
+from typing import Any
+
+
+def flag(
+    help: str, *, default: Any = None, required: bool = False, not_yet: tuple[str, ...] = (), alias: str | None = None
+) -> Any:
+    """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
+
+    Args:
+        help: one line for `--help`.
+        not_yet: choices that are known, but not available yet.
+        alias: an older name of the flag, without dashes.
+    """
+    metadata = {"help": help, "not_yet": not_yet, "alias": alias}
+    return field(default=MISSING if required else default, metadata=metadata)
+
+
+def later(help: str, *, default: Any = None) -> Any:
+    """A flag that users know and that this version answers with "not available yet"."""
+    return field(default=default, metadata={"help": f"{help} (not available yet)", "later": True})

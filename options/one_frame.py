@@ -1,0 +1,121 @@
+"""One-frame options: `no_2x,no_4x,target_index=1,control_index=0;10`, from any door, parsed here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from options.errors import UserError, did_you_mean
+
+SWITCHES = ("no_2x", "no_4x", "no_post")
+KNOWN = ("default", *SWITCHES, "target_index", "control_index")
+QUOTE_HINT = "a ';' must be quoted in a shell: \"control_index=0;10\""
+OTHER_TOOLS = {
+    "control_indices": "control_index",
+    "clean_index": "control_index",
+    "clean_indices": "control_index",
+    "history_index": "control_index (the index of the reference image)",
+    "clean_latent_index": "control_index",
+    "latent_index": "target_index",
+    "latent_indices": "target_index",
+    "use_clean_latents_2x": "no_2x (leave it out to use them)",
+    "use_clean_latents_4x": "no_4x (leave it out to use them)",
+    "use_clean_latents_post": "no_post (leave it out to use it)",
+    "clean_latents_2x": "no_2x (leave it out to use them)",
+    "clean_latents_4x": "no_4x (leave it out to use them)",
+    "clean_latents_post": "no_post (leave it out to use it)",
+}
+"""Names of the same things elsewhere (FramePack-eichi/oichi, diffusion code) and what they are called here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneFrameOptions:
+    """Where the generated picture and its control images stand on the time axis."""
+
+    target_index: int | None = None
+    """Index of the generated picture; None is `latent_window_size` (FramePack)."""
+    control_indices: tuple[int, ...] | None = None
+    """One index per control image, in their order; None until `resolve`."""
+    no_2x: bool = False
+    """Leave out the (zero) history at half resolution."""
+    no_4x: bool = False
+    """Leave out the (zero) history at quarter resolution."""
+    no_post: bool = False
+    """Leave out the (zero) frame behind the target: about 20 % faster, sometimes unstable."""
+
+    @classmethod
+    def parse(cls, text: str, where: str = "--one_frame_inference") -> OneFrameOptions:
+        """Parses the comma list.
+
+        Raises:
+            UserError: an unknown or repeated key, a missing or malformed value.
+        """
+        values: dict[str, object] = {}
+        for item in (piece.strip() for piece in text.split(",")):
+            key, has_value, value = (part.strip() for part in item.partition("="))
+            field = {"control_index": "control_indices"}.get(key, key)
+            if field in values:
+                raise UserError(where, f"{key} twice", "each option once", "keep one of them")
+            if key in SWITCHES and not has_value:
+                values[field] = True
+            elif key == "target_index" and has_value:
+                values[field] = _index(value, key, where)
+            elif key == "control_index" and has_value:
+                values[field] = tuple(_index(part.strip(), key, where) for part in value.split(";"))
+            elif item != "default":
+                raise _unknown(item, key, where)
+        return cls(**values)
+
+    def resolve(self, num_controls: int, where: str = "--one_frame_inference") -> OneFrameOptions:
+        """The same with one control index per control image.
+
+        Raises:
+            UserError: the numbers differ, or several images have no index.
+        """
+        if self.control_indices is None:
+            if num_controls > 1:
+                got = f"{num_controls} control images and no control_index"
+                raise UserError(where, got, "one index per control image", f"give control_index=a;b ({QUOTE_HINT})")
+            return replace(self, control_indices=(0,) * num_controls)
+        if len(self.control_indices) != num_controls:
+            given = ";".join(map(str, self.control_indices))
+            got = f"{len(self.control_indices)} control indices ({given}) for {num_controls} control images"
+            raise UserError(where, got, "one index per control image", f"give as many as images; {QUOTE_HINT}")
+        return self
+
+    def hints(self, window: int) -> list[str]:
+        """Advice about index values that work but are rarely meant."""
+        hints = []
+        target = window if self.target_index is None else self.target_index
+        if target == 0:
+            hints.append("target_index=0 is the place of the start image; usual values are 1 to 13")
+        if between := [index for index in self.control_indices or () if 0 < index < target]:
+            place = f"control_index {between[0]} lies between 0 and target_index {target}"
+            hints.append(f"{place}: right for 1f-mc; kisekaeichi wants it behind the target (10, say)")
+        return hints
+
+    def __str__(self) -> str:
+        parts = [name for name in SWITCHES if getattr(self, name)]
+        if self.target_index is not None:
+            parts.append(f"target_index={self.target_index}")
+        if self.control_indices:
+            parts.append(f"control_index={';'.join(map(str, self.control_indices))}")
+        return ",".join(parts) or "default"
+
+
+def _index(text: str, key: str, where: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        hint = f"; {QUOTE_HINT}" if key == "control_index" else ""
+        raise UserError(where, f"{key}={text or '(nothing)'}", "an integer of 0 or more", f"give {key}=9, say{hint}")
+    return int(text)
+
+
+def _unknown(item: str, key: str, where: str) -> UserError:
+    got = item or "an empty option"
+    if key in KNOWN:
+        needs = "a value" if key.endswith("index") else "no value"
+        return UserError(where, got, f"{key} with {needs}", f"write {key}=1, say" if needs == "a value" else f"write {key}")
+    if key in OTHER_TOOLS:
+        return UserError(where, got, f"one of {', '.join(KNOWN)}", f"here it is called {OTHER_TOOLS[key]}")
+    remedy = did_you_mean(key, KNOWN, "separate options by commas")
+    return UserError(where, got, f"one of {', '.join(KNOWN)}", remedy)

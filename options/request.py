@@ -1,0 +1,216 @@
+"""One picture or video, fully decided: what flags and prompt lines become before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from options.errors import UserError
+from options.flags_fpack_generate import RequestFlags
+from options.geometry import bucket_near, check_size, sections_from_seconds
+from options.one_frame import OneFrameOptions
+from options.sections import check_sections, parse_sections
+
+logger = logging.getLogger(__name__)
+
+ImageSize = Callable[[str], tuple[int, int]]
+"""(path) → (width, height)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """Nothing is left to decide here, and nothing refers to flags. Prompts and images are by section."""
+
+    prompts: Mapping[int, str]
+    """Section 0 is always there."""
+    negative_prompt: str
+    system_prompt: str | None
+    image_paths: Mapping[int, str]
+    """Empty when no image was given; else section 0 is there."""
+    image_mask_path: str | None
+    """Mask of section 0's start latent."""
+    end_image_path: str | None
+    control_image_paths: tuple[str, ...]
+    control_mask_paths: tuple[str, ...]
+    """By position; may be shorter than the images."""
+    one_frame: OneFrameOptions | None
+    height: int
+    """Pixels, a multiple of 16."""
+    width: int
+    num_sections: int
+    latent_window_size: int
+    latent_paddings: tuple[int, ...]
+    """Overrides the first paddings in order of generation."""
+    f1: bool
+    num_steps: int
+    seed: int
+    distilled_guidance: float
+    cfg_scale: float
+    cfg_rescale: float
+    flow_shift: float | None
+    rope_scaling_threshold: int | None
+    rope_scaling_factor: float
+    fps: int
+
+    @property
+    def uses_cfg(self) -> bool:
+        """Classifier-free guidance of scale 1 is the positive prediction, so the negative pass is not run."""
+        return self.cfg_scale != 1.0
+
+    @property
+    def input_paths(self) -> list[tuple[str, str]]:
+        """(flag, path) of every image that is read."""
+        paths = [("--image_path", path) for path in self.image_paths.values()]
+        paths += [("--control_image_path", path) for path in self.control_image_paths]
+        paths += [("--control_image_mask_path", path) for path in self.control_mask_paths]
+        single = (("--image_mask_path", self.image_mask_path), ("--end_image_path", self.end_image_path))
+        return paths + [(flag, path) for flag, path in single if path]
+
+
+def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> GenerationRequest:
+    """Decides everything that `flags` leave open.
+
+    Args:
+        image_size: asked for the first control image with `--one_frame_auto_resize`.
+
+    Raises:
+        UserError: a value that cannot work, alone or with the others.
+    """
+    if flags.prompt is None:
+        raise UserError("--prompt", "nothing", "a prompt", 'give --prompt "…"')
+    _check_numbers(flags)
+    request = GenerationRequest(
+        prompts=parse_sections(flags.prompt, "--prompt"),
+        negative_prompt=flags.negative_prompt or "",
+        system_prompt=flags.custom_system_prompt,
+        image_paths=parse_sections(flags.image_path, "--image_path") if flags.image_path else {},
+        image_mask_path=flags.image_mask_path,
+        end_image_path=flags.end_image_path,
+        control_image_paths=flags.control_image_path,
+        control_mask_paths=flags.control_image_mask_path,
+        one_frame=_parse_one_frame(flags.one_frame_inference),
+        height=flags.video_size[0],
+        width=flags.video_size[1],
+        num_sections=flags.video_sections or sections_from_seconds(flags.video_seconds, flags.latent_window_size),
+        latent_window_size=flags.latent_window_size,
+        latent_paddings=_paddings(flags.latent_paddings),
+        f1=flags.f1,
+        num_steps=flags.infer_steps,
+        seed=secrets.randbits(32) if flags.seed is None else flags.seed,
+        distilled_guidance=flags.embedded_cfg_scale,
+        cfg_scale=flags.guidance_scale,
+        cfg_rescale=flags.guidance_rescale,
+        flow_shift=flags.flow_shift,
+        rope_scaling_threshold=flags.rope_scaling_timestep_threshold,
+        rope_scaling_factor=flags.rope_scaling_factor,
+        fps=flags.fps,
+    )
+    if request.one_frame is not None:
+        request = _resolve_one_frame(request, flags.one_frame_auto_resize, image_size)
+    else:
+        _check_section_video(request, flags.one_frame_auto_resize)
+    check_size(request.height, request.width)
+    check_sections(request.prompts, request.num_sections, "--prompt")
+    check_sections(request.image_paths, request.num_sections, "--image_path")
+    _warn_about_ignored(request)
+    return request
+
+
+def _check_numbers(flags: RequestFlags) -> None:
+    """Raises UserError for numbers that no combination makes valid."""
+    at_least_one = {"infer_steps", "latent_window_size", "fps", "video_sections"}
+    positive = {"video_seconds", "flow_shift", "rope_scaling_factor"}
+    for name in sorted(at_least_one | positive | {"embedded_cfg_scale", "guidance_scale", "guidance_rescale"}):
+        value = getattr(flags, name)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"--{name}", value, "a finite number", "change it")
+        if name in at_least_one and value < 1:
+            raise UserError(f"--{name}", value, "an integer of 1 or more", "change it")
+        if name in positive and value <= 0:
+            raise UserError(f"--{name}", value, "a number above 0", "change it")
+    if not 0 <= flags.guidance_rescale <= 1:
+        raise UserError("--guidance_rescale", flags.guidance_rescale, "a number from 0 to 1", "change it")
+    if flags.seed is not None and not 0 <= flags.seed < 2**63:
+        raise UserError("--seed", flags.seed, "an integer of 0 or more, below 2^63", "change it")
+
+
+def _paddings(text: str | None) -> tuple[int, ...]:
+    """`3,2,1,0` as integers."""
+    if text is None:
+        return ()
+    values = [part.strip() for part in text.split(",")]
+    if not all(value.isascii() and value.isdigit() for value in values):
+        expected = "a comma list of integers of 0 or more"
+        raise UserError("--latent_paddings", text or "nothing", expected, "write 3,2,1,0, say")
+    return tuple(map(int, values))
+
+
+def _parse_one_frame(text: str | None) -> OneFrameOptions | None:
+    return None if text is None else OneFrameOptions.parse(text)
+
+
+def _resolve_one_frame(request: GenerationRequest, auto_resize: bool, image_size: ImageSize) -> GenerationRequest:
+    """One section, one index per control image, masks by position, and perhaps the first control's aspect ratio."""
+    request = _split_image_list(replace(request, num_sections=1))
+    controls, masks = request.control_image_paths, request.control_mask_paths
+    if request.image_mask_path and not masks:
+        masks = (request.image_mask_path,)
+    if len(masks) > len(controls):
+        where = "--control_image_mask_path" if request.control_mask_paths else "--image_mask_path"
+        got = f"{len(masks)} masks for {len(controls)} control images"
+        raise UserError(where, got, "no more masks than control images", "drop a mask or add --control_image_path")
+    options = request.one_frame.resolve(len(controls))
+    for hint in options.hints(request.latent_window_size):
+        logger.warning("--one_frame_inference: %s", hint)
+    if not controls:
+        logger.warning("no --control_image_path: the picture follows the start image only through its SigLIP features")
+    request = replace(request, one_frame=options, control_mask_paths=masks, image_mask_path=None)
+    if auto_resize and controls:
+        width, height = bucket_near(image_size(controls[0]), (request.width, request.height))
+        request = replace(request, width=width, height=height)
+    return request
+
+
+def _split_image_list(request: GenerationRequest) -> GenerationRequest:
+    """`--image_path "background.png,character.png"`: the first image is looked at, and all are control images unless
+    `--control_image_path` names others. A file of exactly that name is one image."""
+    path = request.image_paths.get(0, "")
+    if "," not in path or Path(path).exists():
+        return request
+    images = tuple(part.strip() for part in path.split(","))
+    return replace(
+        request, image_paths={0: images[0]}, control_image_paths=request.control_image_paths or images
+    )
+
+
+def _check_section_video(request: GenerationRequest, auto_resize: bool) -> None:
+    """Raises UserError for one-frame flags without one-frame mode, and for a mask without its image."""
+    only_one_frame = {
+        "--control_image_path": request.control_image_paths,
+        "--control_image_mask_path": request.control_mask_paths,
+        "--one_frame_auto_resize": auto_resize,
+    }
+    for name, value in only_one_frame.items():
+        if value:
+            got = " ".join(value) if isinstance(value, tuple) else name
+            raise UserError(name, got, "--one_frame_inference beside it", "add --one_frame_inference default")
+    if request.image_mask_path and not request.image_paths:
+        raise UserError("--image_mask_path", request.image_mask_path, "an image to mask", "add --image_path")
+
+
+def _warn_about_ignored(request: GenerationRequest) -> None:
+    """Says which of the given options have no effect together."""
+    if not request.image_paths:
+        logger.warning("no --image_path: FramePack is an image-to-video model; it starts from grey")
+    if request.one_frame is not None and request.f1:
+        logger.warning("--one_frame_inference is not expected to work with --f1 models")
+    if request.end_image_path and (request.f1 or request.one_frame is not None):
+        logger.warning("--end_image_path is ignored with %s", "--f1" if request.f1 else "--one_frame_inference")
+    if request.latent_paddings and (request.f1 or request.one_frame is not None):
+        logger.warning("--latent_paddings is ignored with %s", "--f1" if request.f1 else "--one_frame_inference")
