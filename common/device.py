@@ -1,0 +1,58 @@
+"""Devices and number types."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from options.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def pick_device(name: str | None, flag: str = "--device") -> torch.device:
+    """The device that was asked for, else the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(flag, name, "a device that torch can use", f"try cuda or cpu ({reason})") from error
+    return device
+
+
+def pick_dtype(name: str | None, *, on_gpu: str, device: torch.device) -> torch.dtype:
+    """The type that was asked for, else `on_gpu` on an accelerator and float32 on a CPU."""
+    import torch
+
+    if name is None:
+        name = "float32" if device.type == "cpu" else on_gpu
+    return getattr(torch, DTYPE_NAMES.get(name, name))
+
+
+def release_memory(device: torch.device) -> None:
+    """Returns freed blocks of the device's caching allocator."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that could still be allocated on an accelerator; infinity where nobody can tell."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
