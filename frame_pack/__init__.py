@@ -1,0 +1,1 @@
+"""FramePack: the transformer, the context it sees, and the pipeline around it."""
