@@ -1,0 +1,30 @@
+"""What can be found out before weights are loaded; every run begins with these checks."""
+
+from __future__ import annotations
+
+from common.files import check_writable_folder
+from common.media import check_image
+from options.errors import UserError
+from options.flags_fpack_generate import ComputeFlags, OutputFlags
+from options.request import GenerationRequest
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Raises UserError for an input image that cannot be read."""
+    for flag, path in dict.fromkeys(request.input_paths):
+        check_image(path, flag=flag)
+
+
+def check_output(output: OutputFlags) -> None:
+    """Raises UserError for an output folder that cannot be written."""
+    check_writable_folder(output.save_path, flag="--save_path")
+
+
+def check_vae_memory(flags: ComputeFlags) -> None:
+    """Raises UserError for tile and chunk sizes that the VAE cannot use."""
+    tile, chunk = flags.vae_spatial_tile_sample_min_size, flags.vae_chunk_size
+    if tile is not None and (tile < 32 or tile % 32):
+        expected = "a positive multiple of 32"
+        raise UserError("--vae_spatial_tile_sample_min_size", tile, expected, f"use {max(32, tile // 32 * 32)}, say")
+    if chunk is not None and chunk < 0:
+        raise UserError("--vae_chunk_size", chunk, "a positive number of columns, or 0 for no chunks", "use 32, say")

@@ -1,0 +1,55 @@
+"""What a model family offers to the runner: encode → denoise → decode, each stage with only its models resident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from options.request import GenerationRequest
+
+Cond = TypeVar("Cond")
+Frames = np.ndarray
+"""(F, H, W, 3) uint8 pictures in time order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A request that could not be encoded, and why."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One denoising step is done."""
+
+    section: int
+    """Count of the section in order of generation, from 0."""
+    num_sections: int
+    step: int
+    """From 1."""
+    num_steps: int
+
+
+OnProgress = Callable[[Progress], None]
+Encode = Callable[[Sequence[GenerationRequest]], Iterator[Cond | Failure]]
+Denoise = Callable[[GenerationRequest, Cond, OnProgress], Tensor]
+
+
+class Pipeline(Protocol[Cond]):
+    """Each stage is a context manager: entering makes its models resident on the device, leaving frees the device."""
+
+    def encoder(self) -> AbstractContextManager[Encode]:
+        """Text, images and control latents of many requests; one encoder is resident at a time, equal inputs are
+        encoded once."""
+
+    def denoiser(self) -> AbstractContextManager[Denoise]:
+        """(request, conditioning, on_progress) → latents (C, F, h, w), float32 on the CPU."""
+
+    def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
+        """Latents (C, F, h, w) → pictures. Brings its VAE in and out, also while the denoiser is open."""
