@@ -1,0 +1,1 @@
+"""What FramePack takes from HunyuanVideo: its VAE and its two text encoders."""

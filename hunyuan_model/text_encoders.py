@@ -1,0 +1,300 @@
+"""HunyuanVideo's two text encoders: LLaMA-3 8B for the words, CLIP-L for one vector, through transformers.
+
+LLaMA reads the prompt inside a chat template. Its rows are taken three hidden states before the end, after the
+template's prefix, so that two layers and the last norm are never run and are not loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint_kinds import CLIP_L, LLAMA, expect_kind
+from common.weights import Checkpoint, check_names_and_shapes, empty_model, load_weights, open_checkpoint
+from options.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SYSTEM_PROMPT = (
+    "Describe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:"
+)
+"""As published: no spaces between the numbered items."""
+PREFIX = "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+SUFFIX = "<|eot_id|>"
+MAX_LLAMA_TOKENS = 256
+"""Of the prompt and the suffix; the prefix comes on top."""
+LLAMA_LAYERS_LEFT_OUT = 2
+
+LLAMA_HEAD_DIM = 128
+LLAMA_PUBLISHED = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
+LLAMA_FROM_CONFIG = (*LLAMA_PUBLISHED, "rope_parameters", "rope_scaling")
+CLIP_HEAD_DIM = 64
+CLIP_PUBLISHED = {"hidden_act": "quick_gelu", "eos_token_id": 2, "layer_norm_eps": 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPlace:
+    """Where an encoder's tokenizer is found, and how a message names it."""
+
+    flag: str
+    subfolder: str
+    """In a snapshot."""
+    encoder_subfolder: str
+    """The encoder's own, beside it."""
+    hub: str
+    """The hub id, with the subfolder, for when there is no snapshot."""
+    embedding: str
+    """The encoder's tensor with one row for every token."""
+
+
+TOKENIZERS = {
+    "llama": TokenizerPlace(
+        flag="--tokenizer1",
+        subfolder="tokenizer",
+        encoder_subfolder="text_encoder",
+        hub="hunyuanvideo-community/HunyuanVideo/tokenizer",
+        embedding="embed_tokens.weight",
+    ),
+    "clip": TokenizerPlace(
+        flag="--tokenizer2",
+        subfolder="tokenizer_2",
+        encoder_subfolder="text_encoder_2",
+        hub="hunyuanvideo-community/HunyuanVideo/tokenizer_2",
+        embedding="embeddings.token_embedding.weight",
+    ),
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
+
+def open_llama(path: str | Path, *, flag: str = "--text_encoder1", memmap: bool = True) -> Checkpoint:
+    """Reads the header of a LLaMA: a file (ComfyUI's too), the first shard, or a snapshot folder with `text_encoder/`.
+
+    Raises:
+        UserError: nothing there, a damaged file, a missing shard, or not a LLaMA.
+    """
+    checkpoint = open_checkpoint(path, flag=flag, subfolder=TOKENIZERS["llama"].encoder_subfolder, memmap=memmap)
+    expect_kind(checkpoint, LLAMA)
+    return checkpoint.rename(_llama_name)
+
+
+def open_clip(path: str | Path, *, flag: str = "--text_encoder2", memmap: bool = True) -> Checkpoint:
+    """Reads the header of a CLIP-L text encoder: a file, or a snapshot folder with `text_encoder_2/`.
+
+    Raises:
+        UserError: nothing there, a damaged file, or not a CLIP text encoder.
+    """
+    checkpoint = open_checkpoint(path, flag=flag, subfolder=TOKENIZERS["clip"].encoder_subfolder, memmap=memmap)
+    expect_kind(checkpoint, CLIP_L)
+    return checkpoint.rename(_clip_name)
+
+
+def _llama_name(name: str) -> str | None:
+    """Drops what only a language model's head or an old transformers wrote."""
+    if name in ("tokenizer", "lm_head.weight") or name.endswith(".rotary_emb.inv_freq"):
+        return None
+    return name.removeprefix("model.")
+
+
+def _clip_name(name: str) -> str | None:
+    """Drops the projection of the joint CLIP model and the position numbers that an old transformers wrote."""
+    name = name.removeprefix("text_model.")
+    extras = ("text_projection", "text_projection.weight", "logit_scale", "embeddings.position_ids")
+    return None if name in extras else name
+
+
+def load_llama(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> LlamaModel:
+    """Builds LLaMA and loads it strictly, up to the layer that `encode_llama` takes its rows from.
+
+    Its last hidden state is the whole model's `hidden_states[-3]`.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape, also in the layers that are left out.
+    """
+    model = build_llama(checkpoint)
+    check_names_and_shapes(model, checkpoint)
+    model.layers = model.layers[:-LLAMA_LAYERS_LEFT_OUT]
+    model.config.num_hidden_layers = len(model.layers)
+    model.norm = nn.Identity()
+    used = model.state_dict().keys()
+    load_weights(model, checkpoint.rename(lambda name: name if name in used else None), dtype=dtype, device=device)
+    return model
+
+
+def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> CLIPTextModel:
+    """Builds CLIP's text model and loads it strictly.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
+    model = build_clip(checkpoint)
+    load_weights(model, checkpoint, dtype=dtype, device=device)
+    return model
+
+
+def build_llama(checkpoint: Checkpoint) -> LlamaModel:
+    """LLaMA without its weights, all layers, for comparison with the header."""
+    return empty_model(checkpoint, partial(_build_llama, checkpoint))
+
+
+def build_clip(checkpoint: Checkpoint) -> CLIPTextModel:
+    """CLIP's text model without its weights, for comparison with the header."""
+    return empty_model(checkpoint, partial(_build_clip, checkpoint))
+
+
+def _build_llama(checkpoint: Checkpoint) -> LlamaModel:
+    from transformers import LlamaConfig, LlamaModel
+
+    config = checkpoint.config if checkpoint.config.get("model_type") == "llama" else {}
+    vocab_size, hidden_size = checkpoint.shape("embed_tokens.weight", 2)
+    head_dim = _head_dim(config, LLAMA_HEAD_DIM)
+    settings = LLAMA_PUBLISHED | {key: config[key] for key in LLAMA_FROM_CONFIG if config.get(key) is not None}
+    if "rope_parameters" in settings:
+        del settings["rope_theta"]  # transformers 5 keeps it in there
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            head_dim=head_dim,
+            num_hidden_layers=checkpoint.count("layers.{}.self_attn.q_proj.weight"),
+            num_attention_heads=checkpoint.shape("layers.0.self_attn.q_proj.weight", 2)[0] // head_dim,
+            num_key_value_heads=checkpoint.shape("layers.0.self_attn.k_proj.weight", 2)[0] // head_dim,
+            intermediate_size=checkpoint.shape("layers.0.mlp.gate_proj.weight", 2)[0],
+            **settings,
+        )
+    )
+
+
+def _build_clip(checkpoint: Checkpoint) -> CLIPTextModel:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = checkpoint.config if checkpoint.config.get("model_type") == "clip_text_model" else {}
+    vocab_size, hidden_size = checkpoint.shape("embeddings.token_embedding.weight", 2)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            max_position_embeddings=checkpoint.shape("embeddings.position_embedding.weight", 2)[0],
+            num_hidden_layers=checkpoint.count("encoder.layers.{}.self_attn.q_proj.weight"),
+            num_attention_heads=hidden_size // _head_dim(config, CLIP_HEAD_DIM),
+            intermediate_size=checkpoint.shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
+            **{key: config.get(key, published) for key, published in CLIP_PUBLISHED.items()},
+        )
+    )
+
+
+def _head_dim(config: Mapping, published: int) -> int:
+    if config.get("head_dim"):
+        return config["head_dim"]
+    heads = config.get("num_attention_heads")
+    return config["hidden_size"] // heads if heads and config.get("hidden_size") else published
+
+
+def find_tokenizer(kind: Literal["llama", "clip"], *, given: str | None, checkpoint: Checkpoint) -> str:
+    """Where `load_tokenizer` will look: a folder, or a hub id with the subfolder behind it. Loads and imports nothing.
+
+    Args:
+        given: by the user: a tokenizer's folder, a snapshot that holds one, or a hub id (`owner/name/subfolder`).
+        checkpoint: the encoder's, whose snapshot is looked into when nothing was given.
+
+    Raises:
+        UserError: `given` is neither a tokenizer's folder nor a hub id.
+    """
+    place = TOKENIZERS[kind]
+    if given is None:
+        folder = checkpoint.files[0].parent
+        snapshot = folder.parent if folder.name == place.encoder_subfolder else folder
+        own = snapshot / place.subfolder
+        return str(own) if _holds_tokenizer(own) else place.hub
+    folders = (Path(given), Path(given) / place.subfolder)
+    found = next((folder for folder in folders if _holds_tokenizer(folder)), None)
+    if found:
+        return str(found)
+    if Path(given).exists() or not HUB_ID.fullmatch(given):
+        raise UserError(place.flag, given, "a folder with a tokenizer (tokenizer.json) or a hub id", "check the path")
+    return given
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(
+    kind: Literal["llama", "clip"], *, given: str | None, checkpoint: Checkpoint
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of an encoder, from where `find_tokenizer` says.
+
+    Raises:
+        UserError: it cannot be had (no network, say), or it has more tokens than the encoder knows.
+    """
+    from transformers import AutoTokenizer
+
+    place = TOKENIZERS[kind]
+    source = find_tokenizer(kind, given=given, checkpoint=checkpoint)
+    parts = [source] if Path(source).is_dir() else source.split("/")
+    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(repository, subfolder=subfolder, trust_remote_code=False)
+    except Exception as error:  # whatever transformers, its parsers or the network raise, the user's way out is one
+        reason = one_line(str(error)).split(". ")[0][:200]
+        remedy = f"give {place.flag} its folder, or a hub id that can be reached"
+        raise UserError(place.flag, f"{source} ({type(error).__name__}: {reason})", "a tokenizer", remedy) from error
+    num_rows = checkpoint.shape(place.embedding, 2)[0]
+    if len(tokenizer) > num_rows:
+        raise UserError(
+            place.flag,
+            f"{source}, {len(tokenizer)} tokens",
+            f"at most the {num_rows} of {checkpoint.path}",
+            "give the tokenizer that belongs to this encoder",
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def encode_llama(
+    model: LlamaModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, system_prompt: str | None = None
+) -> Tensor:
+    """LLaMA's rows for a prompt: those after the template's prefix, (L, width) with L <= 256, no padding.
+
+    LLaMA is causal, so leaving out the padding behind the prompt changes no row.
+
+    Args:
+        model: from `load_llama`.
+        system_prompt: instead of the published one.
+
+    Returns:
+        In the model's type on its device.
+    """
+    prefix = PREFIX.format(system_prompt if system_prompt is not None else SYSTEM_PROMPT)
+    num_prefix = len(tokenizer(prefix)["input_ids"])
+    text, limit = prefix + prompt + SUFFIX, num_prefix + MAX_LLAMA_TOKENS
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) > limit:
+        logger.warning("the prompt has %d tokens; the first %d are used", len(ids) - num_prefix, MAX_LLAMA_TOKENS)
+        ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    hidden = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
+    return hidden[0, num_prefix:]
+
+
+@torch.no_grad()
+def encode_clip(model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """CLIP's pooled output (width,) for a prompt, padded and cut to 77 tokens; in the model's type on its device."""
+    length = model.config.max_position_embeddings
+    ids = tokenizer(prompt, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    return model(input_ids=torch.tensor([ids], device=model.device)).pooler_output[0]
