@@ -2,7 +2,7 @@
 
 One picture from a start image ("one-frame inference"):
 
-    python fpack_generate_video.py --dit FramePackI2V_HY --vae hunyuan_vae.safetensors --text_encoder1 llava_llama3.safetensors
+    python fpack_generate_video.py --dit FramePackI2V_HY --vae hunyuan_vae.safetensors --text_encoder1 llama.safetensors
         --text_encoder2 clip_l.safetensors --image_encoder sigclip_vision.safetensors --prompt "The girl smiles."
         --image_path start.png --control_image_path start.png --one_frame_inference no_2x,no_4x,target_index=9
         --video_size 640 640 --output_type images --save_path out --seed 1

@@ -85,9 +85,11 @@ class _Parser(argparse.ArgumentParser):
         if required := re.fullmatch(r"the following arguments are required: (.*)", message):
             raise UserError(required[1], "nothing", "a value", f"give {required[1]}")
         if about := re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL):
-            name, got = about[1].split("/")[0], about[2]
-            expected = got.removeprefix("expected ") if got.startswith("expected ") else "a valid value"
-            raise UserError(name, "another number of values" if got.startswith("expected") else got, expected, "see --help")
+            name, complaint = about[1].split("/")[0], about[2]
+            if complaint.startswith("expected "):
+                expected = complaint.removeprefix("expected ")
+                raise UserError(name, "another number of values", expected, "see --help")
+            raise UserError(name, complaint, "a valid value", "see --help")
         raise UserError("command line", one_line(message), "options as in --help", "see --help")
 
 

@@ -1,4 +1,4 @@
-"""A video's latents to frames, section by section with a cross-fade, because the VAE looks a little to both sides.
+"""Latents to frames. A video goes section by section with a cross-fade, because the VAE knows only the past.
 
 Neighbouring sections are decoded from overlapping windows of latents; the frames that two windows share are blended.
 Windows are decoded from the last to the first, so that each earlier one fades into what follows it.
@@ -13,9 +13,24 @@ import torch
 from torch import Tensor
 
 from generation.outputs import to_uint8
+from generation.pipeline import Frames
+from hunyuan_model import vae as hunyuan_vae
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (C, F, h, w) → pixels (3, 4·(F - 1) + 1, H, W) in [-1, 1]."""
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor, *, window: int, bulk: bool = False) -> Frames:
+    """Latents (C, F, h, w) → (frames, H, W, 3) uint8; one latent frame is one picture, more are a video."""
+
+    def decode(part: Tensor) -> Tensor:
+        return hunyuan_vae.decode(vae, part[None])[0]
+
+    if latents.shape[1] == 1:
+        return decode_frames(decode, latents)
+    if bulk:
+        return to_uint8(decode(latents).cpu())
+    return decode_sections(decode, latents, window)
 
 
 def decode_windows(num_latents: int, window: int) -> list[tuple[int, int]]:
@@ -32,7 +47,7 @@ def decode_windows(num_latents: int, window: int) -> list[tuple[int, int]]:
     return windows
 
 
-def decode_sections(decode: Decode, latents: Tensor, window: int) -> np.ndarray:
+def decode_sections(decode: Decode, latents: Tensor, window: int) -> Frames:
     """(C, F, h, w) → (4·(F - 1) + 1, H, W, 3) uint8. Only frames that will still be blended are held as floats."""
     overlap = 4 * window - 3
     head: Tensor | None = None
@@ -46,7 +61,7 @@ def decode_sections(decode: Decode, latents: Tensor, window: int) -> np.ndarray:
     return np.concatenate([to_uint8(head), *reversed(finished)])
 
 
-def decode_frames(decode: Decode, latents: Tensor) -> np.ndarray:
+def decode_frames(decode: Decode, latents: Tensor) -> Frames:
     """(C, F, h, w) → (F, H, W, 3) uint8, every latent frame as a picture of its own."""
     return np.concatenate([to_uint8(decode(latents[:, [i]]).cpu()) for i in range(latents.shape[1])])
 

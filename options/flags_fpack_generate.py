@@ -24,13 +24,13 @@ class FramePackModelFlags:
 class RequestFlags:
     """What is generated; everything here may differ from one prompt to the next."""
 
-    prompt: str | None = flag("prompt; by section: \"0:text;;;-1:text\"")
+    prompt: str | None = flag('prompt; by section: "0:text;;;-1:text"')
     negative_prompt: str | None = flag("used when --guidance_scale is not 1")
     custom_system_prompt: str | None = flag("replaces the system prompt of the LLaMA text encoder")
     video_size: tuple[int, int] = flag("height and width, multiples of 16", default=(256, 256))
     video_seconds: float = flag("length of the video at 30 frames per second", default=5.0)
     video_sections: int | None = flag("length in sections; overrides --video_seconds")
-    image_path: str | None = flag("start image; by section: \"0:a.png;;;-1:b.png\"")
+    image_path: str | None = flag('start image; by section: "0:a.png;;;-1:b.png"')
     image_mask_path: str | None = flag("mask of the start image (one frame: of the first control image)")
     end_image_path: str | None = flag("image that the video ends with (not F1, not one frame)")
     one_frame_inference: str | None = flag(
@@ -97,9 +97,7 @@ class ComputeFlags:
     fp8_llm: bool = later("fp8 LLaMA", default=False)
     blocks_to_swap: int = later("transformer blocks kept in RAM", default=0)
     use_pinned_memory_for_block_swap: bool = later("pinned buffers for that", default=False)
-    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag(
-        "sampler", default="unipc", not_yet=("dpm++", "vanilla")
-    )
+    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class OneFrameOptions:
 
 
 def _index(text: str, key: str, where: str) -> int:
-    if not re.fullmatch(r"\d+", text):
+    if not re.fullmatch(r"[0-9]+", text):
         hint = f"; {QUOTE_HINT}" if key == "control_index" else ""
         raise UserError(where, f"{key}={text or '(nothing)'}", "an integer of 0 or more", f"give {key}=9, say{hint}")
     return int(text)
@@ -113,8 +113,9 @@ def _index(text: str, key: str, where: str) -> int:
 def _unknown(item: str, key: str, where: str) -> UserError:
     got = item or "an empty option"
     if key in KNOWN:
-        needs = "a value" if key.endswith("index") else "no value"
-        return UserError(where, got, f"{key} with {needs}", f"write {key}=1, say" if needs == "a value" else f"write {key}")
+        if key.endswith("index"):
+            return UserError(where, got, f"{key} with a value", f"write {key}=1, say")
+        return UserError(where, got, f"{key} with no value", f"write {key}")
     if key in OTHER_TOOLS:
         return UserError(where, got, f"one of {', '.join(KNOWN)}", f"here it is called {OTHER_TOOLS[key]}")
     remedy = did_you_mean(key, KNOWN, "separate options by commas")

@@ -184,9 +184,7 @@ def _split_image_list(request: GenerationRequest) -> GenerationRequest:
     if "," not in path or Path(path).exists():
         return request
     images = tuple(part.strip() for part in path.split(","))
-    return replace(
-        request, image_paths={0: images[0]}, control_image_paths=request.control_image_paths or images
-    )
+    return replace(request, image_paths={0: images[0]}, control_image_paths=request.control_image_paths or images)
 
 
 def _check_section_video(request: GenerationRequest, auto_resize: bool) -> None:

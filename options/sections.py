@@ -7,7 +7,7 @@ from typing import TypeVar
 from options.errors import UserError
 
 SEPARATOR = ";;;"
-SPEC = re.compile(r"(?P<first>-?\d+)(?:-(?P<last>\d+))?")
+SPEC = re.compile(r"(?P<first>-?[0-9]+)(?:-(?P<last>[0-9]+))?")
 Value = TypeVar("Value")
 
 
@@ -52,7 +52,8 @@ def check_sections(sections: Mapping[int, object], num_sections: int, where: str
     for index in sections:
         if not -num_sections <= index < num_sections:
             expected = f"sections {-num_sections} to {num_sections - 1} ({num_sections} in all)"
-            raise UserError(where, f"section {index}", expected, "change the index, --video_sections or --video_seconds")
+            remedy = "change the index, --video_sections or --video_seconds"
+            raise UserError(where, f"section {index}", expected, remedy)
 
 
 def lookup(sections: Mapping[int, Value], index: int, num_sections: int) -> Value:

@@ -1,20 +1,32 @@
 """Our transformer against diffusers' `HunyuanVideoFramepackTransformer3DModel`: same weights, same inputs, float32."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
+from common.weights import Checkpoint, TensorInfo
+from frame_pack.config import FramePackConfig
 from frame_pack.context import CleanFrames, PackedContext, f1_context, one_frame_context, section_context
-from frame_pack.model import Conditioning, FramePackConfig, FramePackTransformer
+from frame_pack.model import Conditioning, FramePackTransformer
 from frame_pack.rope import RopeScaling
 from options.one_frame import OneFrameOptions
 
 HEIGHT, WIDTH, WINDOW, NUM_TEXT = 6, 10, 3, 7
 SIZES = {"text_embed_dim": 48, "pooled_projection_dim": 24, "image_proj_dim": 36}
 TOLERANCE = 1e-5
+
+
+def checkpoint_of(shapes: Mapping[str, Sequence[int]]) -> Checkpoint:
+    """A checkpoint that is known by its header only."""
+    file = Path("dit.safetensors")
+    tensors = {n: TensorInfo(file=file, key=n, dtype="F32", shape=tuple(shape)) for n, shape in shapes.items()}
+    return Checkpoint(flag="--dit", path=file, files=(file,), tensors=tensors, config={})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def oracle() -> HunyuanVideoFramepackTransformer3DModel:
 @pytest.fixture(scope="module")
 def transformer(oracle) -> FramePackTransformer:
     shapes = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
-    model = FramePackTransformer(FramePackConfig.from_checkpoint(shapes, {})).eval()
+    model = FramePackTransformer(FramePackConfig.from_checkpoint(checkpoint_of(shapes))).eval()
     model.load_state_dict(oracle.state_dict())
     return model
 
@@ -77,7 +89,8 @@ def item(inputs: Conditioning, index: int) -> Conditioning:
 
     context = inputs.context
     groups = {name: group(getattr(context, name)) for name in ("clean", "clean_2x", "clean_4x")}
-    tensors = {name: getattr(inputs, name)[index, None] for name in ("text", "text_mask", "pooled", "image", "guidance")}
+    names = ("text", "text_mask", "pooled", "image", "guidance")
+    tensors = {name: getattr(inputs, name)[index, None] for name in names}
     return Conditioning(context=replace(context, indices=context.indices[index, None], **groups), **tensors)
 
 
@@ -88,9 +101,7 @@ def stack(first: PackedContext, second: PackedContext) -> PackedContext:
         pair = [getattr(context, name) for context in (first, second)]
         if pair[0] is None:
             return None
-        return CleanFrames(
-            latents=torch.cat([g.latents for g in pair]), indices=torch.cat([g.indices for g in pair])
-        )
+        return CleanFrames(latents=torch.cat([g.latents for g in pair]), indices=torch.cat([g.indices for g in pair]))
 
     groups = {name: group(name) for name in ("clean", "clean_2x", "clean_4x")}
     return PackedContext(indices=torch.cat([first.indices, second.indices]), **groups)
@@ -192,8 +203,8 @@ def test_rope_scaling_squeezes_rows_and_columns_from_the_threshold_on(timestep, 
     def scaled_rope(frame_indices, height, width, device):
         factor = 0.5 if timestep >= 800 else 1.0
         axes = (frame_indices.float(), torch.arange(height // 2) * factor, torch.arange(width // 2) * factor)
-        grid = torch.meshgrid(*axes, indexing="ij")
-        tables = [get_1d_rotary_pos_embed(d, g.reshape(-1), 256.0, use_real=True) for d, g in zip((16, 56, 56), grid)]
+        grids = zip((16, 56, 56), torch.meshgrid(*axes, indexing="ij"), strict=True)
+        tables = [get_1d_rotary_pos_embed(size, g.reshape(-1), 256.0, use_real=True) for size, g in grids]
         return tuple(torch.cat([table[part] for table in tables], dim=1) for part in (0, 1))
 
     monkeypatch.setattr(oracle.rope, "forward", scaled_rope)
@@ -228,3 +239,14 @@ def test_padding_rows_of_the_text_do_not_matter(transformer):
     latents, timesteps = latent(WINDOW, 9), torch.tensor([500.0])
     other = replace(inputs, text=torch.where(inputs.text_mask[..., None], inputs.text, torch.tensor(1e4)))
     assert torch.equal(transformer(latents, timesteps, inputs), transformer(latents, timesteps, other))
+
+
+def test_names_and_shapes_of_the_full_size_model_are_the_published_ones():
+    """1274 tensors, on the meta device; the sizes are read from the table itself."""
+    published = json.loads((Path(__file__).parent / "data" / "framepack_dit_shapes.json").read_text(encoding="utf-8"))
+    config = FramePackConfig.from_checkpoint(checkpoint_of(published))
+    assert config == FramePackConfig()
+    with torch.device("meta"):
+        model = FramePackTransformer(config)
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == published
+    assert len(published) == 1274

@@ -1,0 +1,52 @@
+"""The sizes of FramePack's transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.weights import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramePackConfig:
+    """Sizes of the model. Defaults are the published ones; `from_checkpoint` reads what tensor shapes tell."""
+
+    num_double_blocks: int = 20
+    num_single_blocks: int = 40
+    num_refiner_blocks: int = 2
+    width: int = 3072
+    mlp_width: int = 12288
+    head_dim: int = 128
+    latent_channels: int = 16
+    text_width: int = 4096
+    pooled_width: int = 768
+    image_width: int = 1152
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    rope_theta: float = 256.0
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_dim
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> FramePackConfig:
+        """Dimensions from tensor shapes; rotary axes and base, which shapes do not tell, from `config.json` if any.
+
+        Raises:
+            UserError: a tensor that tells a dimension is missing or has another number of dimensions.
+        """
+        width, channels = checkpoint.shape("x_embedder.proj.weight", 5)[:2]
+        return cls(
+            num_double_blocks=checkpoint.count("transformer_blocks.{}.attn.to_q.weight"),
+            num_single_blocks=checkpoint.count("single_transformer_blocks.{}.attn.to_q.weight"),
+            num_refiner_blocks=checkpoint.count("context_embedder.token_refiner.refiner_blocks.{}.attn.to_q.weight"),
+            width=width,
+            mlp_width=checkpoint.shape("transformer_blocks.0.ff.net.0.proj.weight", 2)[0],
+            head_dim=checkpoint.shape("transformer_blocks.0.attn.norm_q.weight", 1)[0],
+            latent_channels=channels,
+            text_width=checkpoint.shape("context_embedder.proj_in.weight", 2)[1],
+            pooled_width=checkpoint.shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
+            image_width=checkpoint.shape("image_projection.up.weight", 2)[1],
+            rope_axes=tuple(checkpoint.config.get("rope_axes_dim", cls.rope_axes)),
+            rope_theta=float(checkpoint.config.get("rope_theta", cls.rope_theta)),
+        )
