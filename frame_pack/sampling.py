@@ -102,6 +102,7 @@ class _Sampler:
             position: in order of generation, for progress.
         """
         request, transformer = self._request, self._transformer
+        self._report(position, 0)
         noise = torch.randn(1, *self.latent_shape(context.num_target_frames), generator=self._generator)
         mu = resolution_mu(context.num_target_tokens) if request.flow_shift is None else math.log(request.flow_shift)
         sigmas = shifted_sigmas(request.num_steps, mu)

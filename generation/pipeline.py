@@ -26,13 +26,13 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One denoising step is done."""
+    """A section begins, or one of its denoising steps is done."""
 
     section: int
     """Count of the section in order of generation, from 0."""
     num_sections: int
     step: int
-    """From 1."""
+    """How many are done; 0 when the section begins."""
     num_steps: int
 
 

@@ -70,7 +70,7 @@ def progress_bars() -> Iterator[OnProgress]:
 
     def on_progress(progress: Progress) -> None:
         nonlocal bar
-        if progress.step == 1:
+        if progress.step == 0:
             if bar is not None:
                 bar.close()
             title = f"section {progress.section + 1}/{progress.num_sections}" if progress.num_sections > 1 else "steps"

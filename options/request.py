@@ -167,7 +167,7 @@ def _resolve_one_frame(request: GenerationRequest, auto_resize: bool, image_size
         raise UserError(where, got, "no more masks than control images", "drop a mask or add --control_image_path")
     options = request.one_frame.resolve(len(controls))
     for hint in options.hints(request.latent_window_size):
-        logger.warning("--one_frame_inference: %s", hint)
+        logger.info("hint: --one_frame_inference: %s", hint)
     if not controls:
         logger.warning("no --control_image_path: the picture follows the start image only through its SigLIP features")
     request = replace(request, one_frame=options, control_mask_paths=masks, image_mask_path=None)
