@@ -24,7 +24,7 @@ def pick_device(name: str | None, flag: str = "--device") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(flag, name, "a device that torch can use", f"try cuda or cpu ({reason})") from error
@@ -55,4 +55,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that could still be allocated on an accelerator; infinity where nobody can tell."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    if device.type != "cuda":
+        return float("inf")
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable

@@ -75,6 +75,20 @@ def _replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def existing_file(path: str | Path, *, flag: str, expected: str) -> Path:
+    """`path` if it is a file.
+
+    Asked through `os.path`, which answers for impossible names too: a prompt pasted behind a path's flag is no crash.
+
+    Raises:
+        UserError: it is a folder, or nothing.
+    """
+    if not os.path.isfile(path):
+        remedy = "it is a folder: give the file" if os.path.isdir(path) else "there is no such file"
+        raise UserError(flag, path, expected, remedy)
+    return Path(path)
+
+
 def check_writable_folder(path: str | Path, *, flag: str) -> None:
     """Makes sure that `path` is a folder to write in, or that it can be made; makes nothing itself.
 
@@ -97,9 +111,7 @@ def check_writable_folder(path: str | Path, *, flag: str) -> None:
 def _can_write_in(folder: Path) -> bool:
     if not os.access(folder, os.W_OK | os.X_OK):
         return False
-    if os.name != "nt":
-        return True
-    try:  # On Windows os.access knows nothing of access lists, only trying tells.
+    try:  # Windows' access lists, network shares and special file systems: only trying tells.
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:

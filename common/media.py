@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
+from common.files import existing_file
 from options.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,7 @@ def load_mask(path: str | Path, *, width: int, height: int, flag: str) -> np.nda
 @contextmanager
 def _opened(path: str | Path, flag: str) -> Iterator[Image.Image]:
     """Pillow's lazily read image; what goes wrong while it is open is the user's file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(flag, path, "an image", "it is a folder" if path.is_dir() else "there is no such file")
+    path = existing_file(path, flag=flag, expected="an image")
     try:
         with Image.open(path) as image:
             yield image
@@ -224,8 +223,10 @@ def to_model_range(rgb: np.ndarray) -> np.ndarray:
 # ---- videos ----
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float) -> None:
+def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float, comment: str | None = None) -> None:
     """Writes (H, W, 3) uint8 frames as H.264 in MP4, whatever the suffix of `path`; equal frames give equal bytes.
+
+    `comment` goes into the file's metadata under that name.
 
     Colours are BT.709 and tagged so: players guess the matrix of an untagged file from its size.
 
@@ -244,6 +245,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float) -
     # "file:" keeps a colon in the name from being taken for a protocol; faststart lets a browser play while it loads.
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(f"file:{path}", "w", format="mp4", options=options) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
         stream = _h264_stream(container, width, height, fps)
         for frame in chain([first], frames):
             if frame.shape != (height, width, 3):
@@ -286,9 +289,7 @@ def read_video(path: str | Path, *, flag: str) -> Iterator[np.ndarray]:
     """
     import av
 
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(flag, path, "a video", "it is a folder" if path.is_dir() else "there is no such file")
+    path = existing_file(path, flag=flag, expected="a video")
     count = expected = 0
     try:
         # Through a stream of ours: FFmpeg would read protocols and patterns into some names.

@@ -6,9 +6,11 @@ torch is imported only when a pickle is opened or weights are loaded.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import struct
 import zipfile
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from common.files import existing_file
 from options.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 SHARD_NAME = re.compile(r"(?P<prefix>.*?)(?P<index>\d+)-of-(?P<count>0*[1-9]\d*)\.safetensors")
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 TORCH_DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool", "U8": "uint8"},
@@ -101,6 +107,19 @@ class Checkpoint:
                     yield name, get_tensor(key)
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash that tells one file from another without reading all of it: names, shapes, and samples of the content."""
+    digest = hashlib.sha256(repr(sorted((n, i.dtype, i.shape) for n, i in checkpoint.tensors.items())).encode())
+    for file in checkpoint.files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for part in range(NUM_SAMPLES):
+                stream.seek(max(0, size - SAMPLE_BYTES) * part // (NUM_SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 def open_checkpoint(path: str | Path, *, flag: str, subfolder: str | None = None, memmap: bool = True) -> Checkpoint:
     """Reads the headers of a safetensors file, of all shards of a set, of a snapshot folder, or of a pickle.
 
@@ -126,15 +145,14 @@ def locate(path: str | Path, *, flag: str, subfolder: str | None = None) -> tupl
         UserError: when there is nothing, or a shard of the set is missing.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         folders = [path / subfolder, path] if subfolder else [path]
         found = next((sorted(f.glob("*.safetensors")) for f in folders if any(f.glob("*.safetensors"))), None)
         if not found:
             looked = " or ".join(str(folder) for folder in folders)
             raise UserError(flag, f"the folder {path}", f"*.safetensors in {looked}", "give the snapshot or a file")
         path = found[0]
-    if not path.is_file():
-        raise UserError(flag, path, "an existing file or folder", "check the path")
+    existing_file(path, flag=flag, expected="an existing file or folder")
     shard = SHARD_NAME.fullmatch(path.name)
     if not shard:
         return (path,)
@@ -166,12 +184,13 @@ def _safetensors_header(file: Path, flag: str) -> dict[str, TensorInfo]:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if 2 <= length <= size - 8:
+        if 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             with suppress(ValueError):
                 header = json.loads(stream.read(length))
     entries = {key: value for key, value in header.items() if key != "__metadata__"} if isinstance(header, dict) else {}
     if not entries:
-        raise UserError(flag, f"{file}, {size} bytes", "a safetensors file", "it is damaged or of another format")
+        kind = "a GGUF file" if start[:4] == b"GGUF" else f"{size} bytes"
+        raise UserError(flag, f"{file}, {kind}", "a safetensors file", "it is damaged or of another format")
     try:
         end = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
         tensors = {

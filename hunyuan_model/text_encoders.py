@@ -7,6 +7,7 @@ template's prefix, so that two layers and the last norm are never run and are no
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -226,13 +227,13 @@ def find_tokenizer(kind: Literal["llama", "clip"], *, given: str | None, checkpo
     found = next((folder for folder in folders if _holds_tokenizer(folder)), None)
     if found:
         return str(found)
-    if Path(given).exists() or not HUB_ID.fullmatch(given):
+    if os.path.exists(given) or not HUB_ID.fullmatch(given):
         raise UserError(place.flag, given, "a folder with a tokenizer (tokenizer.json) or a hub id", "check the path")
     return given
 
 
 def _holds_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any(os.path.isfile(folder / name) for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(

@@ -15,6 +15,7 @@ from frame_pack.config import FramePackConfig
 from frame_pack.context import CleanFrames, PackedContext, f1_context, one_frame_context, section_context
 from frame_pack.model import Conditioning, FramePackTransformer
 from frame_pack.rope import RopeScaling
+from options.errors import UserError
 from options.one_frame import OneFrameOptions
 
 HEIGHT, WIDTH, WINDOW, NUM_TEXT = 6, 10, 3, 7
@@ -239,6 +240,18 @@ def test_padding_rows_of_the_text_do_not_matter(transformer):
     latents, timesteps = latent(WINDOW, 9), torch.tensor([500.0])
     other = replace(inputs, text=torch.where(inputs.text_mask[..., None], inputs.text, torch.tensor(1e4)))
     assert torch.equal(transformer(latents, timesteps, inputs), transformer(latents, timesteps, other))
+
+
+def test_another_models_config_beside_the_file_does_not_set_the_rotary_base(oracle):
+    shapes = {name: tuple(tensor.shape) for name, tensor in oracle.state_dict().items()}
+    checkpoint = checkpoint_of(shapes)
+    llama = replace(checkpoint, config={"model_type": "llama", "rope_theta": 500000})
+    assert FramePackConfig.from_checkpoint(llama).rope_theta == 256
+    own = {"_class_name": "HunyuanVideoTransformer3DModelPacked", "rope_theta": 128, "rope_axes_dim": [32, 48, 48]}
+    config = FramePackConfig.from_checkpoint(replace(checkpoint, config=own))
+    assert (config.rope_theta, config.rope_axes) == (128, (32, 48, 48))
+    with pytest.raises(UserError, match="rotary axes"):
+        FramePackConfig.from_checkpoint(replace(checkpoint, config=own | {"rope_axes_dim": [16, 56]}))
 
 
 def test_names_and_shapes_of_the_full_size_model_are_the_published_ones():
