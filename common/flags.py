@@ -131,7 +131,8 @@ def _add(group: argparse._ArgumentGroup, name: str, field: Field, annotation: An
     choices = get_args(value_type) if get_origin(value_type) is Literal else None
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[value_type]
     convert = _converter(name, field, value_type, choices)
-    group.add_argument(*names, type=convert, nargs=nargs, metavar=metavar, **common)
+    action = "extend" if field.metadata.get("repeats") else "store"
+    group.add_argument(*names, action=action, type=convert, nargs=nargs, metavar=metavar, **common)
 
 
 def _shown(value: Any) -> str:

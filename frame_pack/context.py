@@ -24,6 +24,7 @@ Shapes: B batch, C latent channels, F frames of a group, T target frames, h w la
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -100,7 +101,7 @@ def section_context(start: Tensor, later: Tensor, *, padding: int, window: int) 
     post_latent, latents_2x, latents_4x = later[:, :, :HISTORY_FRAMES].split([NUM_POST, NUM_2X, NUM_4X], dim=2)
     return PackedContext(
         indices=_indices(target),
-        clean=CleanFrames(latents=_join(start, post_latent), indices=_indices(pre + post)),
+        clean=CleanFrames(latents=_join(start, post_latent), indices=_indices([*pre, *post])),
         clean_2x=CleanFrames(latents=latents_2x, indices=_indices(far_2x)),
         clean_4x=CleanFrames(latents=latents_4x, indices=_indices(far_4x)),
     )
@@ -118,7 +119,7 @@ def f1_context(start: Tensor, earlier: Tensor, *, window: int) -> PackedContext:
     latents_4x, latents_2x, last_latent = earlier[:, :, -HISTORY_FRAMES:].split([NUM_4X, NUM_2X, NUM_POST], dim=2)
     return PackedContext(
         indices=_indices(target),
-        clean=CleanFrames(latents=_join(start, last_latent), indices=_indices(pre + last)),
+        clean=CleanFrames(latents=_join(start, last_latent), indices=_indices([*pre, *last])),
         clean_2x=CleanFrames(latents=latents_2x, indices=_indices(far_2x)),
         clean_4x=CleanFrames(latents=latents_4x, indices=_indices(far_4x)),
     )
@@ -176,13 +177,10 @@ def section_paddings(num_sections: int, override: Sequence[int] | None = None) -
     return given + paddings[len(given) :]
 
 
-def _places(*counts: int, start: int = 0) -> list[list[int]]:
+def _places(*counts: int, start: int = 0) -> list[range]:
     """Consecutive indices from `start` on, cut into runs of the given lengths."""
-    runs = []
-    for count in counts:
-        runs.append(list(range(start, start + count)))
-        start += count
-    return runs
+    ends = [*itertools.accumulate(counts, initial=start)]
+    return [range(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
 def _indices(values: Sequence[int]) -> Tensor:

@@ -1,7 +1,9 @@
 """The one kind of error that a user sees: one line that names the place, the value, the rule and the remedy."""
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -15,7 +17,25 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, got: object, expected: str, remedy: str) -> None:
-        super().__init__(one_line(f"{where}: got {got}; expected {expected}; {remedy}"))
+        self.where = where
+        self.complaint = one_line(f"got {got}; expected {expected}; {remedy}")
+        super().__init__(f"{one_line(where)}: {self.complaint}")
+
+    @classmethod
+    def within(cls, place: str, error: UserError) -> UserError:
+        """The same complaint with the line or cell that it is about in front: `prompts.txt line 3, --seed: got …`."""
+        where = error.where if error.where.startswith(place) else f"{place}, {error.where}"
+        outer = cls.__new__(cls)
+        outer.where, outer.complaint = where, error.complaint
+        Exception.__init__(outer, f"{one_line(where)}: {error.complaint}")
+        return outer
+
+
+class UserErrors(UserError):
+    """Several of them at once, one line each: all bad lines of a file, say."""
+
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        Exception.__init__(self, "\n".join(map(str, errors)))
 
 
 def one_line(text: str) -> str:

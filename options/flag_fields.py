@@ -5,7 +5,13 @@ from typing import Any
 
 
 def flag(
-    help: str, *, default: Any = None, required: bool = False, not_yet: tuple[str, ...] = (), alias: str | None = None
+    help: str,
+    *,
+    default: Any = None,
+    required: bool = False,
+    not_yet: tuple[str, ...] = (),
+    alias: str | None = None,
+    repeats: bool = False,
 ) -> Any:
     """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
 
@@ -13,8 +19,9 @@ def flag(
         help: one line for `--help`.
         not_yet: choices that are known, but not available yet.
         alias: an older name of the flag, without dashes.
+        repeats: a list that goes on when the flag is given again; otherwise the last one wins.
     """
-    metadata = {"help": help, "not_yet": not_yet, "alias": alias}
+    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats}
     return field(default=MISSING if required else default, metadata=metadata)
 
 

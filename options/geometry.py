@@ -6,6 +6,7 @@ from options.errors import UserError
 
 SIZE_STEP = 16
 """Pixels per side of a target token: 8 for the VAE, 2 for the transformer's patch."""
+MAX_SIDE = 16384
 VAE_STRIDE = 8
 FRAMES_PER_LATENT = 4
 FRAMEPACK_FPS = 30
@@ -13,11 +14,11 @@ FRAMEPACK_FPS = 30
 
 
 def check_size(height: int, width: int, where: str = "--video_size") -> None:
-    """Raises UserError unless both are positive multiples of 16."""
-    if height > 0 and width > 0 and height % SIZE_STEP == 0 and width % SIZE_STEP == 0:
+    """Raises UserError unless both are positive multiples of 16 that a picture can have."""
+    if all(0 < side <= MAX_SIDE and side % SIZE_STEP == 0 for side in (height, width)):
         return
-    near = [max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP) for side in (height, width)]
-    expected = f"height and width that are multiples of {SIZE_STEP}"
+    near = [min(max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP), MAX_SIDE) for side in (height, width)]
+    expected = f"height and width that are multiples of {SIZE_STEP}, at most {MAX_SIDE}"
     raise UserError(where, f"{height} {width}", expected, f"use {near[0]} {near[1]}, say")
 
 

@@ -16,7 +16,7 @@ OTHER_TOOLS = {
     "clean_indices": "control_index",
     "history_index": "control_index (the index of the reference image)",
     "clean_latent_index": "control_index",
-    "latent_index": "target_index",
+    "latent_index": "target_index (oichi's latent_index=0 is simply left out)",
     "latent_indices": "target_index",
     "use_clean_latents_2x": "no_2x (leave it out to use them)",
     "use_clean_latents_4x": "no_4x (leave it out to use them)",
@@ -104,9 +104,9 @@ class OneFrameOptions:
 
 
 def _index(text: str, key: str, where: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text):
-        hint = f"; {QUOTE_HINT}" if key == "control_index" else ""
-        raise UserError(where, f"{key}={text or '(nothing)'}", "an integer of 0 or more", f"give {key}=9, say{hint}")
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        remedy = f"give {key}=9, say" + (f"; {QUOTE_HINT}" if key == "control_index" else "")
+        raise UserError(where, f"{key}={text[:40] or '(nothing)'}", "an integer from 0 to 999999", remedy)
     return int(text)
 
 

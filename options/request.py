@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import math
+import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from options.errors import UserError
-from options.flags_fpack_generate import RequestFlags
+from options.flags_generate import RequestFlags
 from options.geometry import bucket_near, check_size, sections_from_seconds
 from options.one_frame import OneFrameOptions
 from options.sections import check_sections, parse_sections
-
-logger = logging.getLogger(__name__)
 
 ImageSize = Callable[[str], tuple[int, int]]
 """(path) → (width, height)."""
@@ -71,6 +68,27 @@ class GenerationRequest:
         return paths + [(flag, path) for flag, path in single if path]
 
 
+def remarks(request: GenerationRequest) -> list[str]:
+    """Advice about settings that work but may not be meant, and about options that have no effect together."""
+    one_frame = request.one_frame
+    found = []
+    if one_frame is not None:
+        found += [f"--one_frame_inference: {hint}" for hint in one_frame.hints(request.latent_window_size)]
+        if request.f1:
+            found.append("--one_frame_inference is not expected to work with --f1 models")
+        if not request.control_image_paths:
+            found.append("no --control_image_path: the picture follows the start image only by its SigLIP features")
+    if not request.image_paths:
+        missing = "SigLIP sees black" if one_frame is not None else "the video starts from grey"
+        found.append(f"no --image_path: FramePack is an image-to-video model; {missing}")
+    mode = "--one_frame_inference" if one_frame is not None else "--f1" if request.f1 else None
+    if mode and request.end_image_path:
+        found.append(f"--end_image_path is ignored with {mode}")
+    if mode and request.latent_paddings:
+        found.append(f"--latent_paddings is ignored with {mode}")
+    return found
+
+
 def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> GenerationRequest:
     """Decides everything that `flags` leave open.
 
@@ -82,7 +100,7 @@ def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> Generation
     """
     if flags.prompt is None:
         raise UserError("--prompt", "nothing", "a prompt", 'give --prompt "…"')
-    _check_numbers(flags)
+    check_numbers(flags)
     request = GenerationRequest(
         prompts=parse_sections(flags.prompt, "--prompt"),
         negative_prompt=flags.negative_prompt or "",
@@ -116,28 +134,33 @@ def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> Generation
     check_size(request.height, request.width)
     check_sections(request.prompts, request.num_sections, "--prompt")
     check_sections(request.image_paths, request.num_sections, "--image_path")
-    _warn_about_ignored(request)
     return request
 
 
-def _check_numbers(flags: RequestFlags) -> None:
-    """Raises UserError for numbers that no combination makes valid."""
-    at_least_one = {"infer_steps", "latent_window_size", "fps", "video_sections"}
-    positive = {"video_seconds", "flow_shift", "rope_scaling_factor"}
-    for name in sorted(at_least_one | positive | {"embedded_cfg_scale", "guidance_scale", "guidance_rescale"}):
+LIMITS: dict[str, tuple[float, float]] = {
+    "video_seconds": (0.001, 36_000),
+    "video_sections": (1, 10_000),
+    "latent_window_size": (1, 1_000),
+    "infer_steps": (1, 10_000),
+    "seed": (0, 2**63 - 1),
+    "embedded_cfg_scale": (-1_000, 1_000),
+    "guidance_scale": (-1_000, 1_000),
+    "guidance_rescale": (0, 1),
+    "flow_shift": (0.001, 1_000),
+    "rope_scaling_timestep_threshold": (0, 1_000),
+    "rope_scaling_factor": (0.001, 100),
+    "fps": (1, 1_000),
+}
+"""Far beyond what is useful; what lies outside is a typing error, and would fail late or never end."""
+
+
+def check_numbers(flags: RequestFlags) -> None:
+    """Raises UserError for a number that no combination makes valid."""
+    for name, (low, high) in LIMITS.items():
         value = getattr(flags, name)
-        if value is None:
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"--{name}", value, "a finite number", "change it")
-        if name in at_least_one and value < 1:
-            raise UserError(f"--{name}", value, "an integer of 1 or more", "change it")
-        if name in positive and value <= 0:
-            raise UserError(f"--{name}", value, "a number above 0", "change it")
-    if not 0 <= flags.guidance_rescale <= 1:
-        raise UserError("--guidance_rescale", flags.guidance_rescale, "a number from 0 to 1", "change it")
-    if flags.seed is not None and not 0 <= flags.seed < 2**63:
-        raise UserError("--seed", flags.seed, "an integer of 0 or more, below 2^63", "change it")
+        if value is not None and not low <= value <= high:  # also false for nan
+            kind = "an integer" if isinstance(value, int) else "a number"
+            raise UserError(f"--{name}", value, f"{kind} from {low} to {high}", "change it")
 
 
 def _paddings(text: str | None) -> tuple[int, ...]:
@@ -145,8 +168,8 @@ def _paddings(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     values = [part.strip() for part in text.split(",")]
-    if not all(value.isascii() and value.isdigit() for value in values):
-        expected = "a comma list of integers of 0 or more"
+    if not all(re.fullmatch(r"[0-9]{1,3}", value) for value in values):
+        expected = "a comma list of integers from 0 to 999"
         raise UserError("--latent_paddings", text or "nothing", expected, "write 3,2,1,0, say")
     return tuple(map(int, values))
 
@@ -166,10 +189,6 @@ def _resolve_one_frame(request: GenerationRequest, auto_resize: bool, image_size
         got = f"{len(masks)} masks for {len(controls)} control images"
         raise UserError(where, got, "no more masks than control images", "drop a mask or add --control_image_path")
     options = request.one_frame.resolve(len(controls))
-    for hint in options.hints(request.latent_window_size):
-        logger.info("hint: --one_frame_inference: %s", hint)
-    if not controls:
-        logger.warning("no --control_image_path: the picture follows the start image only through its SigLIP features")
     request = replace(request, one_frame=options, control_mask_paths=masks, image_mask_path=None)
     if auto_resize and controls:
         width, height = bucket_near(image_size(controls[0]), (request.width, request.height))
@@ -181,7 +200,7 @@ def _split_image_list(request: GenerationRequest) -> GenerationRequest:
     """`--image_path "background.png,character.png"`: the first image is looked at, and all are control images unless
     `--control_image_path` names others. A file of exactly that name is one image."""
     path = request.image_paths.get(0, "")
-    if "," not in path or Path(path).exists():
+    if "," not in path or os.path.exists(path):
         return request
     images = tuple(part.strip() for part in path.split(","))
     return replace(request, image_paths={0: images[0]}, control_image_paths=request.control_image_paths or images)
@@ -200,15 +219,3 @@ def _check_section_video(request: GenerationRequest, auto_resize: bool) -> None:
             raise UserError(name, got, "--one_frame_inference beside it", "add --one_frame_inference default")
     if request.image_mask_path and not request.image_paths:
         raise UserError("--image_mask_path", request.image_mask_path, "an image to mask", "add --image_path")
-
-
-def _warn_about_ignored(request: GenerationRequest) -> None:
-    """Says which of the given options have no effect together."""
-    if not request.image_paths:
-        logger.warning("no --image_path: FramePack is an image-to-video model; it starts from grey")
-    if request.one_frame is not None and request.f1:
-        logger.warning("--one_frame_inference is not expected to work with --f1 models")
-    if request.end_image_path and (request.f1 or request.one_frame is not None):
-        logger.warning("--end_image_path is ignored with %s", "--f1" if request.f1 else "--one_frame_inference")
-    if request.latent_paddings and (request.f1 or request.one_frame is not None):
-        logger.warning("--latent_paddings is ignored with %s", "--f1" if request.f1 else "--one_frame_inference")

@@ -7,7 +7,7 @@ from typing import TypeVar
 from options.errors import UserError
 
 SEPARATOR = ";;;"
-SPEC = re.compile(r"(?P<first>-?[0-9]+)(?:-(?P<last>[0-9]+))?")
+SPEC = re.compile(r"(?P<first>-?[0-9]{1,6})(?:-(?P<last>[0-9]{1,6}))?")
 Value = TypeVar("Value")
 
 
@@ -24,6 +24,8 @@ def parse_sections(text: str, where: str) -> dict[int, str]:
         return {0: text}
     sections: dict[int, str] = {}
     for piece in text.split(SEPARATOR):
+        if not piece.strip():
+            raise UserError(where, f"an empty piece in {text}", "a text between two ;;;", "remove a ;;;")
         indices, value = _piece(piece, where)
         for index in indices:
             if index in sections:

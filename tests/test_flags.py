@@ -49,7 +49,8 @@ def test_defaults_are_the_incumbents():
     request = flags.request
     assert (request.video_size, request.video_seconds, request.infer_steps, request.fps) == ((256, 256), 5.0, 25, 30)
     assert (request.latent_window_size, request.embedded_cfg_scale, request.guidance_scale) == (9, 10.0, 1.0)
-    assert (request.rope_scaling_factor, flags.output.output_type, flags.compute.attn_mode) == (0.5, "video", "torch")
+    assert (request.rope_scaling_factor, flags.compute.attn_mode) == (0.5, "torch")
+    assert flags.output.saves_video and not (flags.output.saves_latents or flags.output.saves_pictures)
 
 
 def test_unambiguous_abbreviations_are_accepted():
@@ -79,8 +80,6 @@ def test_every_flag_of_the_incumbent_exists(name, capsys):
         ["--lora_multiplier", "0.5"],
         ["--compile"],
         ["--magcache_mag_ratios", "0"],
-        ["--from_file", "prompts.txt"],
-        ["--interactive"],
         ["--attn_mode", "flash"],
         ["--attn_mode", "sageattn"],
         ["--attn_mode", "xformers"],

@@ -1,15 +1,14 @@
 """What users write: one-frame options, section syntax, sizes, and how flags become a request."""
 
-import logging
 from dataclasses import replace
 
 import pytest
 
 from options.errors import UserError
-from options.flags_fpack_generate import RequestFlags
+from options.flags_generate import RequestFlags
 from options.geometry import bucket_near, check_size, sections_from_seconds
 from options.one_frame import OneFrameOptions
-from options.request import GenerationRequest, resolve_request
+from options.request import GenerationRequest, remarks, resolve_request
 from options.sections import check_sections, lookup, parse_sections
 
 KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
@@ -56,13 +55,14 @@ def test_printed_options_parse_back_to_themselves():
         ("targetindex=9", "did you mean target_index?"),
         ("control_indices=0;10", "here it is called control_index"),
         ("history_index=13", "here it is called control_index (the index of the reference image)"),
-        ("latent_index=1", "here it is called target_index"),
+        ("latent_index=1", "here it is called target_index (oichi's latent_index=0 is simply left out)"),
         ("use_clean_latents_2x", "here it is called no_2x"),
         ("target_index", "expected target_index with a value"),
         ("target_index=", "got target_index=(nothing)"),
-        ("target_index=-1", "an integer of 0 or more"),
-        ("target_index=1.5", "an integer of 0 or more"),
-        ("target_index=１", "an integer of 0 or more"),
+        ("target_index=-1", "an integer from 0 to 999999"),
+        ("target_index=1.5", "an integer from 0 to 999999"),
+        ("target_index=１", "an integer from 0 to 999999"),
+        ("target_index=99999999999999999999", "an integer from 0 to 999999"),
         ("control_index=0;;1", "must be quoted"),
         ("no_2x=1", "expected no_2x with no value"),
         ("no_2x,no_2x", "no_2x twice"),
@@ -151,7 +151,7 @@ def test_bucket_helper_gives_the_reference_vectors():
 
 @pytest.mark.parametrize("size", [(256, 250), (8, 256), (0, 256), (-16, 256), (264, 256)])
 def test_sizes_must_be_positive_multiples_of_sixteen(size):
-    with pytest.raises(UserError, match="multiples of 16; use "):
+    with pytest.raises(UserError, match="multiples of 16, at most 16384; use "):
         check_size(*size)
 
 
@@ -215,6 +215,12 @@ def test_an_unset_seed_differs_from_call_to_call():
         ({"video_seconds": -1.0}, "--video_seconds: got -1.0"),
         ({"video_seconds": float("nan")}, "--video_seconds: got nan"),
         ({"video_sections": 0}, "--video_sections: got 0"),
+        ({"video_size": (32768, 256)}, "at most 16384"),
+        ({"fps": 4_000_000_000}, "--fps: got 4000000000; expected an integer from 1 to 1000"),
+        ({"flow_shift": 1e-300}, "--flow_shift: got 1e-300"),
+        ({"embedded_cfg_scale": 1e38}, "--embedded_cfg_scale: got 1e+38"),
+        ({"latent_paddings": "1000000000"}, "--latent_paddings: got 1000000000"),
+        ({"image_path": "0:a;;;1:b;;;"}, "an empty piece"),
         ({"latent_window_size": 0}, "--latent_window_size: got 0"),
         ({"flow_shift": 0.0}, "--flow_shift: got 0.0"),
         ({"rope_scaling_factor": 0.0}, "--rope_scaling_factor: got 0.0"),
@@ -256,9 +262,13 @@ def test_values_that_cannot_work_are_refused_at_the_door(changes, message):
         ({"end_image_path": "e", "f1": True}, "--end_image_path is ignored"),
         ({"latent_paddings": "0,0", "one_frame_inference": "default"}, "--latent_paddings is ignored"),
         ({"one_frame_inference": "default"}, "no --control_image_path"),
+        ({"one_frame_inference": "default", "image_path": None}, "SigLIP sees black"),
     ],
 )
-def test_options_without_effect_are_mentioned(changes, message, caplog):
-    with caplog.at_level(logging.WARNING):
-        request(**changes)
-    assert message in caplog.text
+def test_options_without_effect_are_mentioned(changes, message):
+    assert any(message in remark for remark in remarks(request(**changes)))
+
+
+def test_a_usual_request_is_not_remarked_upon():
+    assert remarks(request()) == []
+    assert remarks(request(one_frame_inference=KISEKAEICHI, control_image_path=("a", "b"))) == []
