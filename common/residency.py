@@ -22,6 +22,8 @@ Model = TypeVar("Model", bound="nn.Module")
 class Resident(Generic[Model]):
     """A model that is loaded when it is first used and is on the device only while in use.
 
+    Users ask for `model` each time and keep no reference, so that leaving really frees the memory.
+
     Args:
         load: builds the model on its device.
         keep: leaving keeps a copy in RAM for the next use; else the model is freed and a next use loads it again.
@@ -33,34 +35,42 @@ class Resident(Generic[Model]):
     ) -> None:
         self.name, self._load, self._device, self._keep, self._lent = name, load, device, keep, lent
         self._model: Model | None = lent
-        self.in_use = False
+        self._in_use = self._aside = False
+
+    @property
+    def model(self) -> Model:
+        """The model, on its device; only while in use.
+
+        Raises:
+            RuntimeError: outside of `use`.
+        """
+        if not self._in_use:
+            raise RuntimeError(f"{self.name} is asked for while it is not in use")
+        if self._aside:
+            self._model.to(self._device)
+            self._aside = False
+        return self._model
 
     @contextmanager
-    def use(self) -> Iterator[Model]:
-        """The model, on its device. Uses may be nested; the outermost one brings it in and out."""
-        if self.in_use:
-            yield self._model
+    def use(self) -> Iterator[None]:
+        """Makes `model` available. Uses may be nested; the outermost one brings the model in and out."""
+        if self._in_use:
+            yield
             return
         self._enter()
-        self.in_use = True
+        self._in_use = True
         try:
-            yield self._model
+            yield
         finally:
-            self.in_use = False
+            self._in_use = False
             self._leave()
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Makes room on the device for a while, in the middle of a use."""
-        if not self.in_use or self._lent is not None:
-            yield
-            return
-        self._model.to("cpu")
-        release_memory(self._device)
-        try:
-            yield
-        finally:
-            self._model.to(self._device)
+    def step_aside(self) -> None:
+        """Makes room on the device in the middle of a use; the next access to `model` brings it back."""
+        if self._in_use and self._lent is None and not self._aside:
+            self._model.to("cpu")
+            self._aside = True
+            release_memory(self._device)
 
     def _enter(self) -> None:
         if self._lent is not None:
@@ -73,6 +83,7 @@ class Resident(Generic[Model]):
         logger.info("%s loaded in %.1f s", self.name, time.perf_counter() - start)
 
     def _leave(self) -> None:
+        self._aside = False
         if self._lent is not None:
             return
         if self._keep:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.media import load_mask, load_picture, mask_to_latent, to_model_range
+from common.media import fit, load_mask, load_picture, mask_to_latent, to_model_range
 from common.residency import Resident
 from frame_pack.context import apply_mask
 from frame_pack.image_encoder import encode_image
@@ -50,122 +51,217 @@ class FramePackConditioning:
     """(1, C, 1, h, w) control latents in the user's order."""
     control_masks: tuple[Tensor | None, ...]
     """(h, w) in [0, 1] for each."""
+    pictures: Sequence[tuple[Tensor, np.ndarray]]
+    """The input images as latents (C, h, w) and as RGB (h, w, 3) in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """What decides `TextStates`."""
+
+    prompt: str
+    system_prompt: str | None
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What decides an image's features and latent."""
+
+    path: str | None
+    """None is no image: black for SigLIP, grey for the VAE."""
+    width: int
+    height: int
+    version: tuple[int, int] | None
+    """Time and size of the file, so that an edited one is encoded anew."""
+
+    @classmethod
+    def of(cls, path: str | None, request: GenerationRequest) -> ImageInput:
+        stat = Path(path).stat() if path is not None and Path(path).exists() else None
+        return cls(path, request.width, request.height, stat and (stat.st_mtime_ns, stat.st_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLatent:
+    """One encoded picture."""
+
+    latent: Tensor
+    """(1, C, 1, h, w)"""
+    mask: Tensor | None
+    """(h, w) in [0, 1], from its alpha channel."""
+    thumbnail: np.ndarray
+    """(h, w, 3) RGB in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The models, and what they have encoded so far."""
+    """The models, and what they have encoded lately."""
 
     llama: Resident
     clip: Resident
     siglip: Resident
     vae: Resident
-    tokenizers: Callable[[], tuple[object, object]]
+    tokenizers: Callable[[], tuple[Any, Any]]
     """LLaMA's and CLIP's, loaded on the first call."""
+    llama_states: dict[TextInput, Tensor] = field(default_factory=dict)
+    clip_states: dict[TextInput, Tensor] = field(default_factory=dict)
+    features: dict[ImageInput, Tensor] = field(default_factory=dict)
+    latents: dict[ImageInput, ImageLatent] = field(default_factory=dict)
 
 
-Encode = Callable[[GenerationRequest], dict]
-"""A request → some fields of its `FramePackConditioning`."""
+NUM_REMEMBERED = 64
+"""Encoded texts and images that are kept for the next prompts of a session, of each kind."""
 
 
 def encode_requests(
     encoders: Encoders, requests: Sequence[GenerationRequest]
 ) -> Iterator[FramePackConditioning | Failure]:
-    """Encodes texts, then SigLIP features, then latents of all requests, so that each encoder comes in once.
+    """Encodes all texts, then all SigLIP features, then all latents, so that each encoder comes in once, if at all.
 
     A request whose input fails becomes a `Failure`; the others go on.
     """
-    fields: list[dict] = [{} for _ in requests]
-    failures: dict[int, Failure] = {}
-    for stage in (_text_stage, _siglip_stage, _latent_stage):
-        with stage(encoders) as encode:
-            for i, request in enumerate(requests):
-                if i in failures:
-                    continue
-                try:
-                    fields[i] |= encode(request)
-                except Exception as error:  # one request must not take the others with it
-                    failures[i] = Failure(error=error)
-    for i in range(len(requests)):
-        yield failures.get(i) or FramePackConditioning(**fields[i])
+    inputs = [_Inputs.of(request) for request in requests]
+    tokenizers = encoders.tokenizers()
+
+    def encode_with_llama(llama: Any, text: TextInput) -> Tensor:
+        return encode_llama(llama, tokenizers[0], text.prompt, system_prompt=text.system_prompt).cpu()
+
+    def encode_with_clip(clip: Any, text: TextInput) -> Tensor:
+        return encode_clip(clip, tokenizers[1], text.prompt).cpu()
+
+    texts = [text for needed in inputs for text in needed.all_texts()]
+    starts = [image for needed in inputs for image in needed.starts.values()]
+    pictures = [image for needed in inputs for image in needed.all_latents()]
+    encoded = _Encoded(
+        llama=_encode(texts, encoders.llama, encode_with_llama, encoders.llama_states),
+        clip=_encode(texts, encoders.clip, encode_with_clip, encoders.clip_states),
+        features=_encode(starts, encoders.siglip, _features, encoders.features),
+        latents=_encode(pictures, encoders.vae, _image_latent, encoders.latents),
+    )
+    for request, needed in zip(requests, inputs, strict=True):
+        try:
+            yield _assemble(request, needed, encoded)
+        except Exception as error:  # one request must not take the others with it
+            yield Failure(error=error.with_traceback(None))  # a traceback would keep the encoder's memory
 
 
-@contextmanager
-def _text_stage(encoders: Encoders) -> Iterator[Encode]:
-    """Prompts of all sections, and the negative prompt where guidance needs one."""
-    llama_tokenizer, clip_tokenizer = encoders.tokenizers()
-    with encoders.llama.use() as llama, encoders.clip.use() as clip:
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Everything of one request that goes through an encoder."""
 
-        @cache
-        def states(prompt: str, system_prompt: str | None) -> TextStates:
-            return TextStates(
-                llama=encode_llama(llama, llama_tokenizer, prompt, system_prompt=system_prompt).cpu(),
-                pooled=encode_clip(clip, clip_tokenizer, prompt).cpu(),
-            )
+    texts: Mapping[int, TextInput]
+    negative: TextInput | None
+    starts: Mapping[int, ImageInput]
+    end: ImageInput | None
+    controls: tuple[ImageInput, ...]
+    is_one_frame: bool
 
-        def encode(request: GenerationRequest) -> dict:
-            system = request.system_prompt
-            texts = {section: states(prompt, system) for section, prompt in request.prompts.items()}
-            return {"texts": texts, "negative": states(request.negative_prompt, system) if request.uses_cfg else None}
+    @classmethod
+    def of(cls, request: GenerationRequest) -> _Inputs:
+        system, uses_end = request.system_prompt, request.end_image_path and not request.f1
+        is_one_frame = request.one_frame is not None
+        return cls(
+            texts={section: TextInput(prompt, system) for section, prompt in request.prompts.items()},
+            negative=TextInput(request.negative_prompt, system) if request.uses_cfg else None,
+            starts={s: ImageInput.of(path, request) for s, path in (request.image_paths or {0: None}).items()},
+            end=ImageInput.of(request.end_image_path, request) if uses_end and not is_one_frame else None,
+            controls=tuple(ImageInput.of(path, request) for path in request.control_image_paths),
+            is_one_frame=is_one_frame,
+        )
 
-        yield encode
+    def all_texts(self) -> list[TextInput]:
+        return [*self.texts.values(), *([self.negative] if self.negative else [])]
 
-
-@contextmanager
-def _siglip_stage(encoders: Encoders) -> Iterator[Encode]:
-    """What SigLIP sees in the start images; black when there is none."""
-    with encoders.siglip.use() as siglip:
-
-        @cache
-        def features(path: str | None, width: int, height: int) -> Tensor:
-            if path is None:
-                return encode_image(siglip, np.zeros((height, width, 3), dtype=np.uint8)).cpu()
-            picture = load_picture(path, width=width, height=height, flag="--image_path")
-            return encode_image(siglip, picture.rgb).cpu()
-
-        def encode(request: GenerationRequest) -> dict:
-            paths = request.image_paths or {0: None}
-            return {"siglip": {s: features(path, request.width, request.height) for s, path in paths.items()}}
-
-        yield encode
+    def all_latents(self) -> list[ImageInput]:
+        """In one-frame mode the start image is only looked at by SigLIP."""
+        images = self.controls if self.is_one_frame else (*self.starts.values(), *([self.end] if self.end else []))
+        return list(images)
 
 
-@contextmanager
-def _latent_stage(encoders: Encoders) -> Iterator[Encode]:
-    """Latents of start, end and control images, and the masks at latent size."""
-    with encoders.vae.use() as vae:
+class _Results(dict):
+    """Encoded inputs; asking for one that failed raises its error."""
 
-        @cache
-        def picture_latent(path: str | None, width: int, height: int, flag: str) -> tuple[Tensor, Tensor | None]:
-            """The latent of one picture, grey for None, and its alpha at latent size."""
-            if path is None:
-                pixels, alpha = np.zeros((height, width, 3), dtype=np.float32), None
-            else:
-                picture = load_picture(path, width=width, height=height, flag=flag)
-                pixels, alpha = to_model_range(picture.rgb), picture.alpha
-            stacked = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None]
-            return hunyuan_vae.encode(vae, stacked).cpu(), _latent_mask(alpha)
-
-        yield lambda request: _latents(request, picture_latent)
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, Exception):
+            raise value
+        return value
 
 
-def _latents(request: GenerationRequest, picture_latent: Callable) -> dict:
-    """The latents of one request. In one-frame mode only control images have any."""
-    size = (request.width, request.height)
-    if request.one_frame is not None:
-        encoded = [picture_latent(path, *size, "--control_image_path") for path in request.control_image_paths]
-        given = [_mask_file(path, request, "--control_image_mask_path") for path in request.control_mask_paths]
-        alphas = [alpha for _, alpha in encoded]
-        masks = (*given, *alphas[len(given) :])  # a mask file goes before the picture's own alpha
-        return {"starts": {}, "end": None, "controls": tuple(c for c, _ in encoded), "control_masks": masks}
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """What every encoder made of all requests."""
 
-    paths = request.image_paths or {0: None}
-    starts = {section: picture_latent(path, *size, "--image_path")[0] for section, path in paths.items()}
-    if request.image_mask_path:
+    llama: _Results
+    """(L, text_width) by `TextInput`"""
+    clip: _Results
+    """(pooled_width,) by `TextInput`"""
+    features: _Results
+    """(729, image_width) by `ImageInput`"""
+    latents: _Results
+    """`ImageLatent` by `ImageInput`"""
+
+
+def _encode(inputs: Iterable[Any], encoder: Resident, encode: Callable[[Any, Any], Any], remembered: dict) -> _Results:
+    """Every input's result, or the exception that it caused. The model comes in only for what is not remembered."""
+    results = _Results({key: remembered.get(key) for key in inputs})
+    missing = [key for key, value in results.items() if value is None]
+    with encoder.use() if missing else nullcontext():
+        for key in missing:
+            try:
+                results[key] = encode(encoder.model, key)
+            except Exception as error:  # kept, without the frames that hold the model, for the requests that need it
+                results[key] = error.with_traceback(None)
+    remembered |= {key: value for key, value in results.items() if not isinstance(value, Exception)}
+    for key in list(remembered)[:-NUM_REMEMBERED]:
+        del remembered[key]
+    return results
+
+
+def _features(siglip: Any, image: ImageInput) -> Tensor:
+    """(729, image_width)"""
+    if image.path is None:
+        return encode_image(siglip, np.zeros((image.height, image.width, 3), dtype=np.uint8)).cpu()
+    picture = load_picture(image.path, width=image.width, height=image.height, flag="input image")
+    return encode_image(siglip, picture.rgb).cpu()
+
+
+def _image_latent(vae: Any, image: ImageInput) -> ImageLatent:
+    if image.path is None:
+        pixels, alpha = np.zeros((image.height, image.width, 3), dtype=np.float32), None
+    else:
+        picture = load_picture(image.path, width=image.width, height=image.height, flag="input image")
+        pixels, alpha = to_model_range(picture.rgb), picture.alpha
+    latent = hunyuan_vae.encode(vae, torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None]).cpu()
+    levels = ((pixels + 1) * 127.5).round().astype(np.uint8)
+    thumbnail = fit(levels, image.width // VAE_STRIDE, image.height // VAE_STRIDE) / 255
+    return ImageLatent(latent=latent, mask=_latent_mask(alpha), thumbnail=thumbnail)
+
+
+def _assemble(request: GenerationRequest, inputs: _Inputs, encoded: _Encoded) -> FramePackConditioning:
+    """One request's share, masks applied where they belong to a start image."""
+
+    def states(text: TextInput) -> TextStates:
+        return TextStates(llama=encoded.llama[text], pooled=encoded.clip[text])
+
+    latents = encoded.latents
+
+    controls = [latents[image] for image in inputs.controls]
+    starts = {} if inputs.is_one_frame else {section: latents[image].latent for section, image in inputs.starts.items()}
+    if request.image_mask_path and starts:
         starts[0] = apply_mask(starts[0], _mask_file(request.image_mask_path, request, "--image_mask_path"))
-    uses_end = request.end_image_path and not request.f1
-    end = picture_latent(request.end_image_path, *size, "--end_image_path")[0] if uses_end else None
-    return {"starts": starts, "end": end, "controls": (), "control_masks": ()}
+    given = [_mask_file(path, request, "--control_image_mask_path") for path in request.control_mask_paths]
+    shown = [image for image in dict.fromkeys(inputs.all_latents()) if image.path is not None]
+    return FramePackConditioning(
+        texts={section: states(text) for section, text in inputs.texts.items()},
+        negative=states(inputs.negative) if inputs.negative else None,
+        siglip={section: encoded.features[image] for section, image in inputs.starts.items()},
+        starts=starts,
+        end=latents[inputs.end].latent if inputs.end else None,
+        controls=tuple(control.latent for control in controls),
+        # A mask file goes before the picture's own alpha channel.
+        control_masks=(*given, *(control.mask for control in controls[len(given) :])),
+        pictures=[(latents[image].latent[0, :, 0], latents[image].thumbnail) for image in shown],
+    )
 
 
 def _mask_file(path: str, request: GenerationRequest, flag: str) -> Tensor:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
+from common.residency import Resident
+from common.weights import check_names_and_shapes
 from frame_pack.pipeline import Compute, decode_latents
 from generation.check import check_output
-from generation.metadata import stored_integer
-from generation.outputs import check_latents, load_latents, unused_stem
+from generation.outputs import SETTINGS_KEY, check_latents, load_latents, unused_stem
 from generation.runner import save_frames
-from hunyuan_model.vae import open_vae
+from generation.settings import stored_integer
+from hunyuan_model.vae import build_vae, open_vae
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
+from options.request import check_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +35,23 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
         raise UserError("--output_type", "latent", "video or images with --latent_path", "choose one of them")
     if flags.models.vae is None:
         raise UserError("--vae", "nothing", "the VAE, to decode --latent_path", "give --vae")
+    check_numbers(flags.request)
     for path in output.latent_path:
         check_latents(path)
     check_output(output)
+    saved = [load_latents(path) for path in output.latent_path]
     compute = Compute.from_flags(flags.compute)
-    vae = compute.load_vae(open_vae(flags.models.vae, memmap=not flags.models.disable_numpy_memmap))
-    for path in output.latent_path:
-        latents, metadata = load_latents(path)
-        window = stored_integer(metadata, "latent_window_size", flags.request.latent_window_size)
-        frames = decode_latents(vae, latents, window=window, bulk=compute.bulk_decode)
-        stem = unused_stem(Path(output.save_path), stored_integer(metadata, "seeds", 0))
-        save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=flags.request.fps)
+    checkpoint = open_vae(flags.models.vae, memmap=not flags.models.disable_numpy_memmap)
+    check_names_and_shapes(build_vae(checkpoint), checkpoint)
+    if flags.series.check:
+        logger.info("checked: %d latents, the VAE's header and the output folder are in order", len(saved))
+        return 0
+    vae = Resident("VAE", partial(compute.load_vae, checkpoint), compute.device, keep=False)
+    with vae.use():
+        for path, (latents, metadata) in zip(output.latent_path, saved, strict=True):
+            window = stored_integer(metadata, "latent_window_size", flags.request.latent_window_size)
+            frames = decode_latents(vae.model, latents, window=window, bulk=compute.bulk_decode)
+            stem = unused_stem(Path(output.save_path), stored_integer(metadata, "seeds", 0))
+            settings = None if output.no_metadata else metadata.get(SETTINGS_KEY)
+            save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=flags.request.fps, settings=settings)
     return 0

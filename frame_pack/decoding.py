@@ -39,6 +39,8 @@ def decode_windows(num_latents: int, window: int) -> list[tuple[int, int]]:
     The first window holds the start frame and two sections, the others two sections, each one section further. A rest
     of less than a section (latents from elsewhere) is within the window before it and gets none of its own.
     """
+    if window < 1:
+        raise ValueError(f"a window of {window} latent frames")
     windows, start, length = [], 0, 2 * window + 1
     while start == 0 or num_latents - start >= window:
         windows.append((start, min(start + length, num_latents)))

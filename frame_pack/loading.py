@@ -12,7 +12,7 @@ from common.weights import Checkpoint, check_names_and_shapes, empty_model, load
 from frame_pack.config import FramePackConfig
 from frame_pack.image_encoder import build_siglip, open_siglip
 from frame_pack.model import FramePackTransformer
-from hunyuan_model.text_encoders import build_clip, build_llama, open_clip, open_llama
+from hunyuan_model.text_encoders import build_clip, build_llama, find_tokenizer, open_clip, open_llama
 from hunyuan_model.vae import build_vae, open_vae
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackModelFlags
@@ -30,7 +30,7 @@ class FramePackCheckpoints:
 
 
 def open_models(flags: FramePackModelFlags) -> FramePackCheckpoints:
-    """Finds all five and checks everything that their headers tell.
+    """Finds all five and the tokenizers, and checks everything that headers tell.
 
     Raises:
         UserError: one is not given, missing, damaged, incomplete, or another model than its flag says.
@@ -46,6 +46,8 @@ def open_models(flags: FramePackModelFlags) -> FramePackCheckpoints:
         clip=open_clip(flags.text_encoder2, memmap=memmap),
         siglip=open_siglip(flags.image_encoder, memmap=memmap),
     )
+    find_tokenizer("llama", given=flags.tokenizer1, checkpoint=checkpoints.llama)
+    find_tokenizer("clip", given=flags.tokenizer2, checkpoint=checkpoints.clip)
     _check_tensors(checkpoints)
     _check_widths(checkpoints)
     return checkpoints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from common.device import free_memory, pick_device, pick_dtype
 from common.residency import Resident
-from common.weights import Checkpoint
+from common.weights import Checkpoint, fingerprint
 from frame_pack.conditioning import Encoders, encode_requests
+from frame_pack.config import FAMILY
 from frame_pack.decoding import decode_latents
 from frame_pack.image_encoder import load_siglip
 from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
 from frame_pack.sampling import generate_latents
 from generation.pipeline import Denoise, Encode, Frames
+from generation.settings import Provenance
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.text_encoders import load_clip, load_llama, load_tokenizer
-from options.flags_fpack_generate import ComputeFlags
+from options.flags_generate import ComputeFlags
+from options.geometry import FRAMES_PER_LATENT
 from options.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -62,6 +65,16 @@ class Compute:
             bulk_decode=flags.bulk_decode,
         )
 
+    def recorded(self) -> dict[str, object]:
+        """What changes the bits of a result, as JSON values under the names of flags."""
+        return {
+            "device": self.device.type,
+            "dit_dtype": str(self.transformer_dtype).removeprefix("torch."),
+            "vae_spatial_tile_sample_min_size": self.vae_tile_size,
+            "vae_chunk_size": self.vae_chunk_size,
+            "bulk_decode": self.bulk_decode,
+        }
+
     def load_vae(self, checkpoint: Checkpoint) -> AutoencoderKLHunyuanVideo:
         place = {"dtype": self.encoder_dtype, "device": self.device}
         return hunyuan_vae.load_vae(checkpoint, chunk_size=self.vae_chunk_size, tile_size=self.vae_tile_size, **place)
@@ -97,7 +110,7 @@ class FramePackPipeline:
                 load_tokenizer("clip", given=tokenizers[1], checkpoint=files.clip),
             )
 
-        self.compute = compute
+        self.compute, self._checkpoints = compute, checkpoints
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
             llama=resident("LLaMA", partial(load_llama, files.llama, **place)),
@@ -110,6 +123,16 @@ class FramePackPipeline:
             "transformer", partial(load_transformer, files.transformer, **dit), lent=transformer
         )
 
+    def provenance(self, *, with_paths: bool) -> Provenance:
+        """What results of this pipeline say about their models and types."""
+        models = vars(self._checkpoints).values()
+        return Provenance(
+            family=FAMILY,
+            models={checkpoint.flag: fingerprint(checkpoint) for checkpoint in models},
+            compute=self.compute.recorded(),
+            with_paths=with_paths,
+        )
+
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
         with torch.no_grad():
@@ -117,18 +140,23 @@ class FramePackPipeline:
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoise]:
-        with torch.no_grad(), self._transformer.use() as transformer:
-            yield partial(generate_latents, transformer)
+        with torch.no_grad(), self._transformer.use():
+            yield lambda *arguments: generate_latents(self._transformer.model, *arguments)
 
     def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
-        with self._room_for_vae(request), self._vae.use() as vae:
-            return decode_latents(vae, latents, window=request.latent_window_size, bulk=self.compute.bulk_decode)
+        self._make_room_for_vae(request, latents)
+        with self._vae.use():
+            window, bulk = request.latent_window_size, self.compute.bulk_decode
+            return decode_latents(self._vae.model, latents, window=window, bulk=bulk)
 
-    def _room_for_vae(self, request: GenerationRequest) -> AbstractContextManager[None]:
+    def _make_room_for_vae(self, request: GenerationRequest, latents: Tensor) -> None:
         """The transformer steps aside when the device could not hold the VAE's work beside it."""
         tile = self.compute.vae_tile_size
         height, width = min(request.height, tile or request.height), min(request.width, tile or request.width)
-        num_frames = 1 if request.one_frame is not None else 4 * (2 * request.latent_window_size) + 1
+        num_latents = latents.shape[1]
+        if not self.compute.bulk_decode:
+            num_latents = min(num_latents, 2 * request.latent_window_size + 1)
         # About three activations of 256 channels at full size in half precision live at once in the last up block.
-        needed = 3 * 256 * 2 * num_frames * height * width
-        return self._transformer.aside() if free_memory(self.compute.device) < needed else nullcontext()
+        needed = 3 * 256 * 2 * (FRAMES_PER_LATENT * (num_latents - 1) + 1) * height * width
+        if free_memory(self.compute.device) < needed:
+            self._transformer.step_aside()

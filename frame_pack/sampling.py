@@ -43,7 +43,9 @@ def _one_frame(sample: _Sampler, request: GenerationRequest, cond: FramePackCond
     context = one_frame_context(
         cond.controls, cond.control_masks, request.one_frame, window=request.latent_window_size, like=like
     )
-    return sample(context, section=0, position=0)[0]
+    latents = sample(context, section=0, position=0)[0]
+    sample.section_done(0, latents)
+    return latents
 
 
 def _inverted(sample: _Sampler, request: GenerationRequest, cond: FramePackConditioning) -> Tensor:
@@ -57,6 +59,7 @@ def _inverted(sample: _Sampler, request: GenerationRequest, cond: FramePackCondi
         start = lookup(cond.starts, section, num_sections)
         context = section_context(start, later, padding=padding, window=window)
         later = torch.cat([sample(context, section=section, position=position), later], dim=2)
+        sample.section_done(position, later[0, :, : (position + 1) * window])
     return torch.cat([start, later[:, :, : num_sections * window]], dim=2)[0]
 
 
@@ -69,6 +72,7 @@ def _f1(sample: _Sampler, request: GenerationRequest, cond: FramePackConditionin
         start = lookup(cond.starts, section, num_sections)
         context = f1_context(start, earlier, window=window)
         earlier = torch.cat([earlier, sample(context, section=section, position=section)], dim=2)
+        sample.section_done(section, earlier[0, :, HISTORY_FRAMES:])
     return earlier[0, :, HISTORY_FRAMES:]
 
 
@@ -111,12 +115,12 @@ class _Sampler:
 
         text = lookup(self._cond.texts, section, request.num_sections)
         positive = prepare(self._conditioning(context, text, section))
-        negative = request.uses_cfg and prepare(self._conditioning(context, self._cond.negative, section))
+        negative = prepare(self._conditioning(context, self._cond.negative, section)) if request.uses_cfg else None
 
         def denoise(x: Tensor, step: int) -> Tensor:
             x = x.to(transformer.dtype)
             velocity = transformer.step(x, positive, step)
-            if negative:
+            if negative is not None:
                 velocity = guided(velocity, transformer.step(x, negative, step), request.cfg_scale, request.cfg_rescale)
             self._report(position, step + 1)
             return denoised(x.float(), velocity, float(sigmas[step]))
@@ -135,7 +139,18 @@ class _Sampler:
             guidance=guidance,
         )
 
-    def _report(self, position: int, step: int) -> None:
+    def section_done(self, position: int, latents: Tensor) -> None:
+        """Tells that a section is ready, with all frames so far (C, F, h, w) in time order."""
+        self._report(position, self._request.num_steps, latents)
+
+    def _report(self, position: int, step: int, latents: Tensor | None = None) -> None:
         request = self._request
-        progress = Progress(section=position, num_sections=request.num_sections, step=step, num_steps=request.num_steps)
-        self._on_progress(progress)
+        self._on_progress(
+            Progress(
+                section=position,
+                num_sections=request.num_sections,
+                step=step,
+                num_steps=request.num_steps,
+                latents=latents,
+            )
+        )

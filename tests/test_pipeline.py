@@ -1,5 +1,6 @@
 """The section loops, seen by a stand-in transformer that records what it is shown."""
 
+import weakref
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from common.residency import Resident
 from frame_pack.conditioning import FramePackConditioning, TextStates
 from frame_pack.sampling import generate_latents
-from options.flags_fpack_generate import RequestFlags
+from options.flags_generate import RequestFlags
 from options.request import GenerationRequest, resolve_request
 
 SIZE = 32
@@ -64,6 +65,7 @@ def conditioning(**changes) -> FramePackConditioning:
         "end": None,
         "controls": (),
         "control_masks": (),
+        "pictures": (),
     }
     return FramePackConditioning(**(values | changes))
 
@@ -182,8 +184,18 @@ def test_flow_shift_replaces_the_shift_by_resolution():
 def test_progress_counts_every_step_of_every_section():
     seen = []
     generate_latents(RecordingTransformer(), request(video_sections=2), conditioning(), seen.append)
-    assert [(p.section, p.step) for p in seen] == [(s, i) for s in range(2) for i in range(5)]
+    steps = [p for p in seen if p.latents is None]
+    assert [(p.section, p.step) for p in steps] == [(s, i) for s in range(2) for i in range(5)]
     assert {(p.num_sections, p.num_steps) for p in seen} == {(2, 4)}
+
+
+def test_progress_shows_all_frames_so_far_when_a_section_is_done():
+    for f1, expected in ((False, [20.0] * N + [10.0] * N), (True, [0.5] + [10.0] * N + [20.0] * N)):
+        seen = []
+        generate_latents(RecordingTransformer(), request(video_sections=2, f1=f1), conditioning(), seen.append)
+        done = [p.latents for p in seen if p.latents is not None]
+        assert [len(latents[0]) for latents in done] == [len(expected) - N, len(expected)]
+        assert values(done[-1][None]) == expected
 
 
 def resident(**kwargs) -> tuple[Resident, list]:
@@ -205,32 +217,46 @@ def test_a_kept_model_is_loaded_once_and_a_freed_one_again():
         assert len(loads) == expected
 
 
+def test_nothing_holds_a_model_when_its_memory_is_handed_back(monkeypatch):
+    model, _ = resident(keep=False)
+    released = []
+    monkeypatch.setattr("common.residency.release_memory", lambda device: released.append(weak() is None))
+    with model.use():
+        weak = weakref.ref(model.model)
+    assert released == [True]
+
+
 def test_nested_uses_share_one_model():
     model, loads = resident(keep=False)
-    with model.use() as outer:
-        with model.use() as inner:
-            assert inner is outer
-        assert model.in_use
+    with model.use():
+        outer = model.model
+        with model.use():
+            assert model.model is outer
+        assert model.model is outer
     assert len(loads) == 1
+    with pytest.raises(RuntimeError, match="not in use"):
+        _ = model.model
 
 
 def test_a_lent_model_is_neither_loaded_nor_freed():
     lent = torch.nn.Linear(1, 1)
     model, loads = resident(keep=False, lent=lent)
     for _ in range(2):
-        with model.use() as used:
-            assert used is lent
+        with model.use():
+            model.step_aside()
+            assert model.model is lent
     assert not loads
 
 
-def test_a_model_comes_back_after_it_stepped_aside(monkeypatch):
+def test_a_model_that_stepped_aside_comes_back_when_it_is_asked_for(monkeypatch):
     model, _ = resident(keep=False)
-    with model.use() as used:
+    with model.use():
         moves = []
-        monkeypatch.setattr(used, "to", lambda device: moves.append(str(device)))
-        with model.aside():
-            assert moves == ["cpu"]
+        monkeypatch.setattr(model.model, "to", lambda device: moves.append(str(device)))
+        model.step_aside()
+        model.step_aside()
+        assert moves == ["cpu"]
+        assert model.model is model.model
         assert moves == ["cpu", "cpu"]
-    with model.aside():
-        pass
+    model.step_aside()
     assert len(moves) == 2
