@@ -8,6 +8,7 @@ One picture from a start image ("one-frame inference"):
         --video_size 640 640 --output_type images --save_path out --seed 1
 
 For a video, leave out --one_frame_inference and --control_image_path, and give --video_seconds or --video_sections.
+For many prompts: --from_file prompts.txt, --interactive, or --sweep target_index=1..9.
 """
 
 import sys
@@ -17,29 +18,28 @@ from common.flags import run_script
 from options.flags_fpack_generate import FramePackGenerateFlags
 
 
-def generate(flags: FramePackGenerateFlags) -> int:
-    """Checks everything, then loads and generates. Returns the exit code."""
-    from common.media import image_size
-    from generation.check import check_output, check_request, check_vae_memory
-    from options.request import resolve_request
-
-    check_vae_memory(flags.compute)
-    if flags.output.latent_path:
-        from frame_pack.decode_saved import decode_saved
-
-        return decode_saved(flags)
-    request = resolve_request(flags.request, image_size=lambda path: image_size(path, flag="--control_image_path"))
-    check_request(request)
-    check_output(flags.output)
-
+def open_pipeline(flags: FramePackGenerateFlags):
+    """The pipeline, with all models' headers checked and no weight read."""
     from frame_pack.loading import open_models
     from frame_pack.pipeline import Compute, FramePackPipeline
-    from generation.runner import run
 
-    tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
     checkpoints = open_models(flags.models)
-    pipeline = FramePackPipeline(checkpoints, Compute.from_flags(flags.compute), tokenizers=tokenizers)
-    return 1 if run(pipeline, [request], flags.output) else 0
+    tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
+    compute, keep = Compute.from_flags(flags.compute), flags.series.interactive
+    return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep)
+
+
+def decode_saved(flags: FramePackGenerateFlags) -> int:
+    from frame_pack.decode_saved import decode_saved
+
+    return decode_saved(flags)
+
+
+def generate(flags: FramePackGenerateFlags) -> int:
+    from frame_pack.config import FAMILY
+    from generation.session import run_session
+
+    return run_session(flags, family=FAMILY, open_pipeline=open_pipeline, decode_saved=decode_saved)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

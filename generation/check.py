@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from common.files import check_writable_folder
 from common.media import check_image
 from options.errors import UserError
-from options.flags_fpack_generate import ComputeFlags, OutputFlags
+from options.flags_generate import ComputeFlags, OutputFlags
 from options.request import GenerationRequest
 
 
 def check_request(request: GenerationRequest) -> None:
     """Raises UserError for an input image that cannot be read."""
     for flag, path in dict.fromkeys(request.input_paths):
-        check_image(path, flag=flag)
+        _check_image_once(path, flag)
+
+
+@cache
+def _check_image_once(path: str, flag: str) -> None:
+    """Lines of a file and cells of a sweep share their images; failures are not remembered."""
+    check_image(path, flag=flag)
 
 
 def check_output(output: OutputFlags) -> None:

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from common.files import atomic_file, atomic_folder, sort_safetensors_metadata
-from common.media import write_video
+from common.files import atomic_file, atomic_folder, existing_file, sort_safetensors_metadata
+from common.media import open_image, write_video
 from common.weights import open_checkpoint
 from options.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+SETTINGS_KEY = "oneframe-tuner"
+"""Name of the settings in PNG texts and safetensors metadata; in MP4 they are the comment."""
 LATENT_CHANNELS = 16
 """Of both families, HunyuanVideo and Wan2.1."""
 
@@ -94,11 +97,7 @@ def load_latents(path: str | Path, *, flag: str = "--latent_path") -> tuple[torc
 
 
 def _existing(path: str | Path, flag: str) -> Path:
-    path = Path(path)
-    if not path.is_file():
-        remedy = "it is a folder: give the file" if path.is_dir() else "there is no such file"
-        raise UserError(flag, path, "a file with latents", remedy)
-    return path
+    return existing_file(path, flag=flag, expected="a file with latents")
 
 
 def _latent_key(shapes: Mapping[str, tuple[int, ...]], path: Path, flag: str) -> str:
@@ -173,8 +172,10 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     return frames
 
 
-def save_pictures(frames: np.ndarray, folder: Path, stem: str) -> list[Path]:
+def save_pictures(frames: np.ndarray, folder: Path, stem: str, *, settings: str | None = None) -> list[Path]:
     """Writes (F, H, W, 3) uint8 as `{stem}.png` when there is one frame, else as `{stem}/{frame:03d}.png`.
+
+    Every picture carries `settings` as a text.
 
     Raises:
         ValueError: no frames.
@@ -184,27 +185,72 @@ def save_pictures(frames: np.ndarray, folder: Path, stem: str) -> list[Path]:
     if len(frames) == 1:
         path = folder / f"{stem}.png"
         with atomic_file(path) as temporary:
-            _write_png(temporary, frames[0])
+            _write_png(temporary, frames[0], settings)
         return [path]
     target = folder / stem
     names = [f"{index:03d}.png" for index in range(len(frames))]
     with atomic_folder(target) as temporary:
         for name, frame in zip(names, frames, strict=True):
-            _write_png(temporary / name, frame)
+            _write_png(temporary / name, frame, settings)
     return [target / name for name in names]
 
 
-def save_video(frames: np.ndarray, folder: Path, stem: str, *, fps: float) -> Path:
-    """Writes (F, H, W, 3) uint8 as `{stem}.mp4`.
+def save_video(frames: np.ndarray, folder: Path, stem: str, *, fps: float, settings: str | None = None) -> Path:
+    """Writes (F, H, W, 3) uint8 as `{stem}.mp4`, with `settings` as its comment.
 
     Raises:
         ValueError: no frames, or an odd size.
     """
     path = folder / f"{stem}.mp4"
     with atomic_file(path) as temporary:
-        write_video(temporary, frames, fps=fps)
+        write_video(temporary, frames, fps=fps, comment=settings)
     return path
 
 
-def _write_png(path: Path, frame: np.ndarray) -> None:
-    Image.fromarray(frame).save(path, format="PNG")
+def _write_png(path: Path, frame: np.ndarray, settings: str | None) -> None:
+    text = PngInfo()
+    if settings is not None:
+        text.add_itxt(SETTINGS_KEY, settings)
+    Image.fromarray(frame).save(path, format="PNG", pnginfo=text)
+
+
+# ---- settings ----
+
+
+def read_settings(path: str | Path, *, flag: str) -> str:
+    """The settings that a picture, video or latent of ours carries.
+
+    Raises:
+        UserError: not such a file, or it carries none.
+    """
+    path = existing_file(path, flag=flag, expected="a picture, video or latent")
+    readers = {".png": _png_settings, ".mp4": _video_settings, ".safetensors": _latent_settings}
+    reader = readers.get(path.suffix.lower())
+    settings = reader(path, flag) if reader else None
+    if settings is None:
+        raise UserError(
+            flag, path, "a .png, .mp4 or .safetensors with its settings", "it was saved without, or elsewhere"
+        )
+    return settings
+
+
+def _png_settings(path: Path, flag: str) -> str | None:
+    return open_image(path, flag=flag).info.get(SETTINGS_KEY)
+
+
+def _video_settings(path: Path, flag: str) -> str | None:
+    import av
+
+    try:
+        with path.open("rb") as file, av.open(file) as container:
+            return container.metadata.get("comment")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise UserError(flag, path, "a video", "it is damaged") from error
+
+
+def _latent_settings(path: Path, flag: str) -> str | None:
+    check_latents(path, flag=flag)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get(SETTINGS_KEY)

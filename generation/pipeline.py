@@ -10,9 +10,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
+from generation.settings import Provenance
 from options.request import GenerationRequest
 
-Cond = TypeVar("Cond")
+Cond = TypeVar("Cond", bound="Conditioning")
 Frames = np.ndarray
 """(F, H, W, 3) uint8 pictures in time order."""
 
@@ -34,11 +35,21 @@ class Progress:
     step: int
     """How many are done; 0 when the section begins."""
     num_steps: int
+    latents: Tensor | None = None
+    """(C, F, h, w) all frames so far in time order, when a section is done."""
 
 
 OnProgress = Callable[[Progress], None]
 Encode = Callable[[Sequence[GenerationRequest]], Iterator[Cond | Failure]]
 Denoise = Callable[[GenerationRequest, Cond, OnProgress], Tensor]
+
+
+class Conditioning(Protocol):
+    """What the runner may know about an encoded request."""
+
+    pictures: Sequence[tuple[Tensor, np.ndarray]]
+    """Its input images, as latents (C, h, w) and as RGB in [0, 1] of the same size (h, w, 3); previews learn from
+    them what a latent looks like."""
 
 
 class Pipeline(Protocol[Cond]):
@@ -50,6 +61,9 @@ class Pipeline(Protocol[Cond]):
 
     def denoiser(self) -> AbstractContextManager[Denoise]:
         """(request, conditioning, on_progress) → latents (C, F, h, w), float32 on the CPU."""
+
+    def provenance(self, *, with_paths: bool) -> Provenance:
+        """What results say about the models and types that made them."""
 
     def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
         """Latents (C, F, h, w) → pictures. Brings its VAE in and out, also while the denoiser is open."""

@@ -3,64 +3,154 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from generation.metadata import latent_metadata
-from generation.outputs import save_latents, save_pictures, save_video, unused_stem
-from generation.pipeline import Failure, Frames, OnProgress, Pipeline, Progress
-from options.flags_fpack_generate import OutputFlags
-from options.request import GenerationRequest
+from generation.jobs import Job
+from generation.outputs import SETTINGS_KEY, save_latents, save_pictures, save_video, unused_stem
+from generation.pipeline import Conditioning, Denoise, Failure, Frames, OnProgress, Pipeline, Progress
+from generation.preview import Preview
+from generation.settings import Provenance, incumbent_metadata
+from options.errors import UserError, one_line
+from options.flags_generate import OutputFlags
+from options.request import remarks
 
 logger = logging.getLogger(__name__)
 
 
-def run(pipeline: Pipeline, requests: Sequence[GenerationRequest], output: OutputFlags) -> int:
-    """Generates and saves all requests; one that fails is reported and the others go on.
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of a job."""
+
+    job: Job
+    stem: str
+    paths: tuple[Path, ...]
+    """Files and folders that were saved."""
+    frames: Frames | None
+    """The decoded pictures; None when only latents were asked for."""
+
+
+def run(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    output: OutputFlags,
+    *,
+    provenance: Provenance,
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> int:
+    """Generates and saves all jobs; one that fails is reported and the others go on.
+
+    Args:
+        on_result: called after each job that was saved.
 
     Returns:
         How many failed.
     """
+    if not jobs:
+        return 0
     with pipeline.encoder() as encode:
-        conditionings = list(encode(requests))
+        encoded = list(zip(jobs, encode([job.request for job in jobs]), strict=True))
     failed = 0
-    with pipeline.denoiser() as denoise:
-        for number, (request, conditioning) in enumerate(zip(requests, conditionings, strict=True), 1):
+    for job, conditioning in encoded:
+        if isinstance(conditioning, Failure):
+            failed += 1
+            _report_failure(job, conditioning.error)
+    ready = [(job, conditioning) for job, conditioning in encoded if not isinstance(conditioning, Failure)]
+    with pipeline.denoiser() if ready else nullcontext() as denoise:
+        for job, conditioning in ready:
             try:
-                if isinstance(conditioning, Failure):
-                    raise conditioning.error
-                with progress_bars() as on_progress:
-                    latents = denoise(request, conditioning, on_progress)
-                _save(pipeline, request, latents, output)
-            except Exception:
+                on_result(_generate(pipeline, denoise, job, conditioning, _Writer(job, output, provenance)))
+            except Exception as error:  # one job must not take the others with it
                 failed += 1
-                logger.exception("prompt %d of %d failed", number, len(requests))
+                _report_failure(job, error)
     return failed
 
 
-def _save(pipeline: Pipeline, request: GenerationRequest, latents: Tensor, output: OutputFlags) -> None:
-    """Latents first, so that a failure while decoding loses nothing."""
-    folder = Path(output.save_path)
-    stem = unused_stem(folder, request.seed)
-    if output.saves_latents:
-        settings = {} if output.no_metadata else latent_metadata(request)
-        logger.info("saved %s", save_latents(latents, folder, stem, metadata=settings))
-    if output.saves_video or output.saves_pictures:
-        save_frames(pipeline.decode(request, latents), output, stem, fps=request.fps)
+def log_remarks(job: Job) -> None:
+    for remark in remarks(job.request):
+        logger.warning("%s: %s", job.where, remark)
 
 
-def save_frames(frames: Frames, output: OutputFlags, stem: str, *, fps: int) -> None:
-    """Saves decoded frames as a video or as pictures."""
+def _generate(pipeline: Pipeline, denoise: Denoise, job: Job, conditioning: Conditioning, writer: _Writer) -> Result:
+    log_remarks(job)
+    with writer.progress(conditioning) as on_progress:
+        latents = denoise(job.request, conditioning, on_progress)
+    return writer.save(latents, lambda: pipeline.decode(job.request, latents))
+
+
+def _report_failure(job: Job, error: Exception) -> None:
+    """One line; the traceback is for the debug log."""
+    if isinstance(error, UserError):
+        logger.error("%s: %s", job.where, error)
+        return
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    logger.error("%s failed: %s: %s%s", job.where, type(error).__name__, one_line(str(error)), place)
+    logger.debug("%s", job.where, exc_info=error)
+
+
+class _Writer:
+    """Everything that one job leaves on disk; its name is chosen when the job begins."""
+
+    def __init__(self, job: Job, output: OutputFlags, provenance: Provenance) -> None:
+        self._job, self._output = job, output
+        self._folder = Path(output.save_path)
+        self._stem = unused_stem(self._folder, job.request.seed)
+        self._settings = None if output.no_metadata else provenance.settings(job.request)
+
+    @contextmanager
+    def progress(self, conditioning: Conditioning) -> Iterator[OnProgress]:
+        """Bars, and a preview after every section if one is wanted."""
+        preview = Preview.fit(conditioning.pictures) if self._output.preview else None
+        with progress_bars() as show_bar:
+
+            def on_progress(progress: Progress) -> None:
+                show_bar(progress)
+                if preview and progress.latents is not None:
+                    preview.save(progress.latents, self._folder, self._stem)
+
+            yield on_progress
+
+    def save(self, latents: Tensor, decode: Callable[[], Frames]) -> Result:
+        """Saves what was asked for. When decoding fails, the latents are saved instead: they took the time."""
+        output, paths, frames = self._output, [], None
+        if output.saves_latents:
+            paths.append(self._save_latents(latents))
+        if output.saves_video or output.saves_pictures:
+            try:
+                frames = decode()
+                fps = self._job.request.fps
+                paths.append(save_frames(frames, output, self._stem, fps=fps, settings=self._settings))
+            except Exception:
+                kept = paths[0] if paths else self._save_latents(latents)
+                logger.error("the latents are safe: decode them with --latent_path %s", kept)
+                raise
+        return Result(job=self._job, stem=self._stem, paths=tuple(paths), frames=frames)
+
+    def _save_latents(self, latents: Tensor) -> Path:
+        settings = {} if self._settings is None else {SETTINGS_KEY: self._settings}
+        metadata = {} if self._settings is None else incumbent_metadata(self._job.request) | settings
+        path = save_latents(latents, self._folder, self._stem, metadata=metadata)
+        logger.info("saved %s", path)
+        return path
+
+
+def save_frames(frames: Frames, output: OutputFlags, stem: str, *, fps: int, settings: str | None) -> Path:
+    """Saves decoded frames as a video, as one picture, or as a folder of pictures, and returns which."""
     folder = Path(output.save_path)
     if output.saves_video:
-        logger.info("saved %s", save_video(frames, folder, stem, fps=fps))
+        path = save_video(frames, folder, stem, fps=fps, settings=settings)
     else:
-        paths = save_pictures(frames, folder, stem)
-        logger.info("saved %s", paths[0] if len(paths) == 1 else paths[0].parent)
+        paths = save_pictures(frames, folder, stem, settings=settings)
+        path = paths[0] if len(paths) == 1 else paths[0].parent
+    logger.info("saved %s", path)
+    return path
 
 
 @contextmanager

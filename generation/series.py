@@ -1,0 +1,124 @@
+"""What a command line asks for: one prompt, a file of them, a sweep, or an earlier result once more."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from generation.batch import Journal, read_batch
+from generation.jobs import Job, single_job
+from generation.outputs import read_settings
+from generation.runner import Result, log_remarks
+from generation.settings import Provenance, Recorded, recorded
+from generation.sweep import SweepSheet, plan_sweep
+from options.errors import UserError
+from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.request import ImageSize
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Jobs, resolved and checked, and what to do with their results."""
+
+    jobs: tuple[Job, ...]
+    begin: Callable[[], object] = lambda: None
+    """Called when everything is checked and the first job is about to start."""
+    on_result: Callable[[Result], None] = lambda result: None
+    finish: Callable[[], object] = lambda: None
+    """Called when all jobs have had their turn."""
+
+
+def check_modes(series: SeriesFlags, request: RequestFlags) -> None:
+    """Raises UserError for modes that exclude each other, and for options of a mode that is not on."""
+    modes = {"--from_file": series.from_file, "--interactive": series.interactive, "--sweep": series.sweep}
+    modes["--from_metadata"] = series.from_metadata
+    chosen = [name for name, value in modes.items() if value]
+    if len(chosen) > 1:
+        raise UserError(chosen[1], f"{chosen[1]} beside {chosen[0]}", "one of them", "leave one out")
+    if series.resume_batch and not series.from_file:
+        raise UserError("--resume_batch", "no --from_file", "a batch to resume", "add --from_file")
+    if series.search_dir and not series.from_metadata:
+        raise UserError("--search_dir", "no --from_metadata", "a result to run again", "add --from_metadata")
+    if series.search_dir and not os.path.isdir(series.search_dir):
+        raise UserError("--search_dir", series.search_dir, "an existing folder", "check the path")
+    changed = [f.name for f in fields(request) if getattr(request, f.name) != f.default]
+    if series.from_metadata and changed:
+        expected = "no settings beside --from_metadata, which brings its own"
+        raise UserError(f"--{changed[0]}", getattr(request, changed[0]), expected, f"leave --{changed[0]} out")
+
+
+def plan_jobs(series: SeriesFlags, request: RequestFlags, output: OutputFlags, image_size: ImageSize) -> Plan:
+    """The jobs of every mode but the interactive one and the repetition of a result.
+
+    Raises:
+        UserError: anything that can be found out before weights are loaded.
+    """
+    if series.from_file:
+        return _plan_batch(series, request, output, image_size)
+    if series.sweep:
+        sweep = plan_sweep(series.sweep, request, image_size)
+        sheet = SweepSheet(sweep)
+        return Plan(jobs=sweep.jobs, on_result=sheet.add, finish=lambda: sheet.save(Path(output.save_path)))
+    return Plan(jobs=(single_job(request, image_size),))
+
+
+def _plan_batch(series: SeriesFlags, request: RequestFlags, output: OutputFlags, image_size: ImageSize) -> Plan:
+    lines = read_batch(series.from_file, request, image_size)
+    journal = Journal(series.from_file, output)
+    if series.resume_batch:
+        lines = journal.remaining(lines)
+    keys = {id(line.job): line.key for line in lines}
+    return Plan(
+        jobs=tuple(line.job for line in lines),
+        begin=(lambda: None) if series.resume_batch else journal.begin,
+        on_result=lambda result: journal.add(keys[id(result.job)], result.paths),
+    )
+
+
+def recorded_job(series: SeriesFlags, *, family: str) -> tuple[Job, Recorded]:
+    """The job that made `--from_metadata`, and what else its file says.
+
+    Raises:
+        UserError: not a result of this family, or an input is missing or has changed.
+    """
+    file = Path(series.from_metadata)
+    search_dir = Path(series.search_dir) if series.search_dir else None
+    record = recorded(read_settings(file, flag="--from_metadata"), file, search_dir, family=family)
+    return Job(request=record.request, where=file.name), record
+
+
+def output_type_like(file: str, output: OutputFlags) -> str:
+    """The output type that was asked for, else the one that makes a file of the same kind."""
+    kinds = {".png": "images", ".mp4": "video", ".safetensors": "latent"}
+    return output.output_type or kinds[Path(file).suffix.lower()]
+
+
+def warn_about_differences(now: Provenance, then: Recorded, file: str) -> None:
+    """The result can only be the same with the same weights on the same kind of device."""
+    for flag, fingerprint in then.models.items():
+        if now.models.get(flag) != fingerprint:
+            logger.warning("%s is not the file that made %s: the result may differ", flag, Path(file).name)
+    if now.compute["device"] != then.compute["device"]:
+        logger.warning("%s was made on %s: the result may differ", Path(file).name, then.compute["device"])
+
+
+def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> ComputeFlags:
+    """`flags` with what a result was computed with, where the command line leaves it open."""
+    defaults = {field.name: field.default for field in fields(flags)}
+    names = ("dit_dtype", "vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode")
+    return replace(flags, **{name: then[name] for name in names if getattr(flags, name) == defaults[name]})
+
+
+def report_check(plan: Plan) -> int:
+    """Says that `--check` found nothing wrong, and what it would remark upon. Returns the exit code."""
+    for job in plan.jobs:
+        log_remarks(job)
+    logger.info(
+        "checked: %d prompts, their images, all models' headers and the output folder are in order", len(plan.jobs)
+    )
+    return 0

@@ -1,0 +1,111 @@
+"""A run of a generating script, from checked flags to saved results, in each of its modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from common.media import image_size
+from generation.check import check_output, check_vae_memory
+from generation.interactive import console_reader, interact
+from generation.jobs import single_job
+from generation.pipeline import Pipeline
+from generation.runner import run
+from generation.series import (
+    Plan,
+    check_modes,
+    output_type_like,
+    plan_jobs,
+    recorded_compute,
+    recorded_job,
+    report_check,
+    warn_about_differences,
+)
+from generation.settings import Recorded
+from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.prompt_line import PromptLine
+
+
+class GenerateFlags(Protocol):
+    """What the flags of every generating script have."""
+
+    request: RequestFlags
+    output: OutputFlags
+    compute: ComputeFlags
+    series: SeriesFlags
+
+
+Flags = TypeVar("Flags", bound=GenerateFlags)
+
+
+def run_session(
+    flags: Flags,
+    *,
+    family: str,
+    open_pipeline: Callable[[Flags], Pipeline],
+    decode_saved: Callable[[Flags], int],
+) -> int:
+    """Checks everything that needs no weights, then generates.
+
+    Args:
+        family: of the results that `--from_metadata` may repeat.
+        open_pipeline: checks the models' headers; no weight is read before the pipeline's first stage.
+        decode_saved: the mode of `--latent_path`, which needs no pipeline.
+
+    Returns:
+        The exit code: 1 when a job failed.
+    """
+    check_vae_memory(flags.compute)
+    check_modes(flags.series, flags.request)
+    if flags.output.latent_path:
+        return decode_saved(flags)
+    check_output(flags.output)
+    if flags.series.from_metadata:
+        return _repeat(flags, family, open_pipeline)
+    if flags.series.interactive:
+        return _converse(flags, open_pipeline)
+    plan = plan_jobs(flags.series, flags.request, flags.output, _control_size)
+    return _run_plan(flags, plan, open_pipeline)
+
+
+def _control_size(path: str) -> tuple[int, int]:
+    return image_size(path, flag="--control_image_path")
+
+
+def _run_plan(
+    flags: Flags, plan: Plan, open_pipeline: Callable[[Flags], Pipeline], record: Recorded | None = None
+) -> int:
+    pipeline = open_pipeline(flags)
+    if flags.series.check:
+        return report_check(plan)
+    provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)
+    if record:
+        warn_about_differences(provenance, record, flags.series.from_metadata)
+    plan.begin()
+    failed = run(pipeline, plan.jobs, flags.output, provenance=provenance, on_result=plan.on_result)
+    plan.finish()
+    return 1 if failed else 0
+
+
+def _repeat(flags: Flags, family: str, open_pipeline: Callable[[Flags], Pipeline]) -> int:
+    """Makes a result once more from the settings that it carries."""
+    job, record = recorded_job(flags.series, family=family)
+    output = replace(flags.output, output_type=output_type_like(flags.series.from_metadata, flags.output))
+    flags = replace(flags, output=output, compute=recorded_compute(flags.compute, record.compute))
+    return _run_plan(flags, Plan(jobs=(job,)), open_pipeline, record)
+
+
+def _converse(flags: Flags, open_pipeline: Callable[[Flags], Pipeline]) -> int:
+    """The interactive loop; models are loaded with the first prompt."""
+    pipeline = open_pipeline(flags)
+    if flags.series.check:
+        return report_check(Plan(jobs=()))
+    provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)
+
+    def generate(line: str) -> None:
+        job = single_job(PromptLine.parse(line, "prompt").over(flags.request), _control_size)
+        run(pipeline, [job], flags.output, provenance=provenance)
+
+    interact(generate, console_reader())
+    return 0
