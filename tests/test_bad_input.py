@@ -2,6 +2,8 @@
 
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from skimage import data_dir
 
 import fpack_generate_video
 
+ROOT = Path(__file__).resolve().parent.parent
 CAT = str(Path(data_dir) / "chelsea.png")
 NAMES = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
 
@@ -177,6 +180,57 @@ def test_control_that_is_not_an_image(flag, refused, tmp_path):
 )
 def test_values_that_cannot_work(changes, message, refused):
     assert message in refused(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latent_window_size": 0},
+        {"fps": -5},
+        {"fps": 0},
+    ],
+)
+def test_numbers_are_checked_before_saved_latents_are_decoded(changes, refused, latent):
+    (name,) = changes
+    assert refused(latent_path=latent, **changes).startswith(f"--{name}: got ")
+
+
+@pytest.fixture
+def latent(tmp_path):
+    save_file({"latent": torch.zeros(16, 1, 8, 8)}, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def test_one_bad_latent_of_several_stops_before_the_first_is_decoded(refused, latent, tmp_path):
+    save_file({"latent": torch.full((16, 1, 8, 8), torch.nan)}, tmp_path / "b.safetensors")
+    assert "b.safetensors, with NaN" in refused(latent_path=(latent, tmp_path / "b.safetensors"))
+
+
+@pytest.mark.parametrize("flag", ["image_path", "dit", "vae", "tokenizer1", "latent_path", "save_path", "from_file"])
+def test_a_prompt_pasted_behind_the_flag_of_a_path(flag, refused):
+    """Three hundred characters are no file name, and no reason for a traceback."""
+    line = refused(**{flag: "a cat on the grass, " * 15 + "\0" * (flag == "image_path")})
+    assert line.startswith(f"--{flag}: got ")
+
+
+def test_a_gguf_file(refused, tmp_path):
+    (tmp_path / "dit.safetensors").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(1000))
+    assert "a GGUF file" in refused(dit=tmp_path / "dit.safetensors")
+
+
+def test_a_device_without_memory_of_its_own(refused):
+    assert refused(device="meta").startswith("--device: got meta")
+
+
+def test_a_real_process_prints_one_line_whatever_else_would_be_remarked(demo_models, tmp_path):
+    """Hints and library warnings must not stand around the line: run as a user does, with much to remark upon."""
+    models = [part for name in NAMES if name != "vae" for part in (f"--{name}", str(getattr(demo_models, name)))]
+    argv = [*models, "--vae", str(tmp_path / "missing"), "--prompt", "a", "--one_frame_inference", "target_index=0"]
+    command = [sys.executable, "fpack_generate_video.py", *argv, "--f1", "--save_path", str(tmp_path / "out")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("--vae: got ") and answer.stderr.count("\n") == 1
 
 
 def test_latent_file_without_latents(refused, demo_models, tmp_path):

@@ -1,9 +1,11 @@
 """`fpack_generate_video.py` run in-process on small checkpoints in the published layouts and real photographs."""
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -15,12 +17,14 @@ import fpack_generate_video
 from common.flags import parse
 from common.media import fit, read_video
 from frame_pack import conditioning
+from frame_pack import pipeline as pipeline_module
 from frame_pack.loading import open_models
 from frame_pack.pipeline import Compute, FramePackPipeline
 from generation.pipeline import Failure
 from modules.flow_matching import denoised, resolution_mu, shifted_sigmas
 from modules.samplers import unipc
-from options.flags_fpack_generate import FramePackGenerateFlags, RequestFlags
+from options.flags_fpack_generate import FramePackGenerateFlags
+from options.flags_generate import RequestFlags
 from options.request import resolve_request
 
 PHOTOS = Path(data_dir)
@@ -244,6 +248,40 @@ def test_every_input_of_one_frame_inference_changes_the_picture(models, cat, tmp
         "flow shift": {"flow_shift": 5.0},
         "seed": {"seed": 2},
     }
+    assert_every_variant_differs(models, base, variants)
+
+
+def test_every_input_of_a_video_changes_the_video(models, cat, tmp_path):
+    half = np.full((SIZE, SIZE), 255, dtype=np.uint8)
+    half[:, SIZE // 2 :] = 0
+    Image.fromarray(half).save(tmp_path / "half.png")
+    base = RequestFlags(
+        prompt="a cat",
+        image_path=cat,
+        video_size=(SIZE, SIZE),
+        video_sections=2,
+        latent_window_size=1,
+        guidance_scale=3.0,
+        infer_steps=2,
+        seed=1,
+    )
+    variants = {
+        "nothing": {},
+        "start image": {"image_path": COFFEE},
+        "section image": {"image_path": f"0:{cat};;;-1:{COFFEE}"},
+        "section prompt": {"prompt": "0:a cat;;;1:a dog"},
+        "mask": {"image_mask_path": str(tmp_path / "half.png")},
+        "end image": {"end_image_path": COFFEE},
+        "paddings": {"latent_paddings": "0,0"},
+        "f1": {"f1": True},
+        "rescale": {"guidance_rescale": 1.0},
+        "negative prompt": {"negative_prompt": "blurry"},
+    }
+    assert_every_variant_differs(models, base, variants)
+
+
+def assert_every_variant_differs(models: list[str], base: RequestFlags, variants: dict[str, dict]) -> None:
+    """Only "nothing" may give the same latents as the base, and the same twice."""
     flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "unused"])
     pipeline = FramePackPipeline(open_models(flags.models), Compute.from_flags(flags.compute))
     requests = [
@@ -256,6 +294,83 @@ def test_every_input_of_one_frame_inference_changes_the_picture(models, cat, tmp
     latents = dict(zip(variants, results, strict=True))
     for name, latent in latents.items():
         assert torch.equal(latent, latents["nothing"]) == (name == "nothing"), f"{name} has no effect"
+
+
+def test_memory_flags_reach_the_models(models, monkeypatch):
+    argv = ["--save_path", "unused", "--vae_chunk_size", "32", "--disable_numpy_memmap", "--dit_dtype", "bf16"]
+    flags = parse(FramePackGenerateFlags, description="", argv=[*models, *argv, "--bulk_decode", "--vae_tiling"])
+    compute = Compute.from_flags(flags.compute)
+    assert (compute.vae_chunk_size, compute.vae_tile_size, compute.bulk_decode) == (32, 256, True)
+    assert (compute.transformer_dtype, compute.encoder_dtype) == (torch.bfloat16, torch.float32)
+    sized = parse(FramePackGenerateFlags, description="", argv=[*argv, "--vae_spatial_tile_sample_min_size", "128"])
+    assert Compute.from_flags(sized.compute).vae_tile_size == 128
+    checkpoints = open_models(flags.models)
+    assert not any(checkpoint.memmap for checkpoint in vars(checkpoints).values())
+    seen = {}
+    monkeypatch.setattr("hunyuan_model.vae.load_vae", lambda checkpoint, **given: seen.update(given))
+    compute.load_vae(checkpoints.vae)
+    assert (seen["chunk_size"], seen["tile_size"], seen["dtype"]) == (32, 256, torch.float32)
+
+
+def test_chunks_and_bulk_decoding_are_what_they_say(models, demo_models, cat, tmp_path):
+    """Chunks change nothing; one piece differs from cross-faded sections."""
+    common = [*models, *QUICK, "--image_path", cat, "--video_sections", "3", "--latent_window_size", "1"]
+    assert run(*common, "--output_type", "latent", "--save_path", tmp_path) == 0
+    latent = only_file(tmp_path, "*.safetensors")
+    videos = {}
+    for name, argv in {"plain": [], "chunks": ["--vae_chunk_size", "16"], "bulk": ["--bulk_decode"]}.items():
+        decode = ["--latent_path", latent, "--vae", demo_models.vae, "--fps", "24", "--save_path", tmp_path / name]
+        assert run(*decode, *argv) == 0
+        videos[name] = np.stack(list(read_video(only_file(tmp_path / name, "*.mp4"), flag=name))).astype(int)
+    assert np.abs(videos["chunks"] - videos["plain"]).mean() < 0.1
+    assert np.abs(videos["bulk"] - videos["plain"]).mean() > 0.5
+    with av.open(str(only_file(tmp_path / "bulk", "*.mp4"))) as container:
+        assert container.streams.video[0].average_rate == 24
+
+
+def test_a_failure_while_decoding_leaves_the_latents(models, cat, tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("frame_pack.pipeline.decode_latents", fail)
+    argv = ["--image_path", cat, "--one_frame_inference", "default", "--output_type", "images"]
+    assert run(*models, *QUICK, *argv, "--save_path", tmp_path) == 1
+    kept = only_file(tmp_path, "*_latent.safetensors")
+    assert f"--latent_path {kept}" in caplog.text
+    assert "prompt failed: RuntimeError: out of memory (test_generate.py:" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_the_transformer_is_not_loaded_for_requests_that_all_failed(models, cat, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("frame_pack.pipeline.load_transformer", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("generation.check.check_image", lambda path, flag: None)
+    argv = ["--image_path", tmp_path / "gone.png", "--one_frame_inference", "default"]
+    assert run(*models, *QUICK, *argv, "--save_path", tmp_path / "out") == 1
+    assert "gone.png" in caplog.text
+
+
+def test_one_encoder_is_resident_at_a_time(models, cat, monkeypatch):
+    """A 16 GB card holds LLaMA only when nothing else lies beside it."""
+    alive: dict[str, weakref.ref] = {}
+    beside: dict[str, list[str]] = {}
+    for module, name in (("pipeline", "load_llama"), ("pipeline", "load_clip"), ("pipeline", "load_siglip")):
+        target = f"frame_pack.{module}.{name}"
+        original = getattr(pipeline_module, name)
+
+        def load(*args, n=name, o=original, **kwargs):
+            beside[n] = [other for other, model in alive.items() if model() is not None]
+            model = o(*args, **kwargs)
+            alive[n] = weakref.ref(model)
+            return model
+
+        monkeypatch.setattr(target, load)
+    flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "unused"])
+    pipeline = FramePackPipeline(open_models(flags.models), Compute.from_flags(flags.compute))
+    request = resolve_request(RequestFlags(prompt="a", image_path=cat, video_size=(SIZE, SIZE)), image_size=len)
+    with pipeline.encoder() as encode:
+        list(encode([request]))
+    assert beside == {"load_llama": [], "load_clip": [], "load_siglip": []}
+    assert all(model() is None for model in alive.values())
 
 
 def test_equal_inputs_are_encoded_once_and_one_failure_leaves_the_others(models, cat, tmp_path, monkeypatch):

@@ -1,0 +1,303 @@
+"""Sweeps, settings in results, repetition, previews and `--check`, with the small models."""
+
+import json
+import logging
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data_dir
+
+import fpack_generate_video
+from common.media import read_video
+from generation.outputs import SETTINGS_KEY, read_settings
+from generation.preview import Preview
+from generation.settings import Provenance, content_hash, recorded, request_from_json, request_to_json
+from options.errors import UserError
+from options.flags_generate import RequestFlags
+from options.request import GenerationRequest, resolve_request
+
+SIZE = 64
+PHOTOS = Path(data_dir)
+NAMES = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
+
+
+@pytest.fixture
+def inputs(tmp_path) -> Path:
+    """A folder of input images of the user's own, which a test may change."""
+    folder = tmp_path / "素材"
+    folder.mkdir()
+    for name in ("chelsea", "coffee"):
+        shutil.copy(PHOTOS / f"{name}.png", folder)
+    Image.fromarray(np.full((SIZE, SIZE), 255, dtype=np.uint8)).save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture
+def run(demo_models):
+    """Runs the script with the small models and two steps."""
+    models = [part for name in NAMES for part in (f"--{name}", str(getattr(demo_models, name)))]
+
+    def run(*argv: str | Path) -> int:
+        return fpack_generate_video.main([*models, *map(str, argv)])
+
+    return run
+
+
+def quick(inputs: Path, *, video: bool = False) -> list[str]:
+    argv = ["--prompt", '猫 "quoted" %', "--infer_steps", "2", "--video_size", str(SIZE), str(SIZE)]
+    cat, coffee = str(inputs / "chelsea.png"), str(inputs / "coffee.png")
+    if video:
+        length = ["--video_sections", "2", "--latent_window_size", "1"]
+        return [*argv, "--image_path", f"0:{cat};;;-1:{coffee}", "--end_image_path", coffee, *length]
+    controls = ["--control_image_path", cat, coffee, "--control_image_mask_path", str(inputs / "mask.png")]
+    return [*argv, "--image_path", cat, *controls, "--one_frame_inference", "target_index=1,control_index=0;10"]
+
+
+def results(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if "_sweep" not in path.name and "_preview" not in path.name)
+
+
+# Settings and repetition
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("images", "*.png"), ("video", "*.mp4"), ("latent", "*.safetensors"), ("frames", "*/001.png")]
+)
+def test_a_result_repeats_bit_for_bit_from_what_it_carries(kind, pattern, run, inputs, tmp_path):
+    """Also with an open seed, from moved inputs, and whatever was computed with."""
+    argv = quick(inputs, video=kind in ("video", "frames"))
+    output_type = {"frames": "images"}.get(kind, kind)
+    tiles = ["--vae_spatial_tile_sample_min_size", "32"]
+    assert run(*argv, *tiles, "--output_type", output_type, "--save_path", tmp_path / "a") == 0
+    (first,) = results(tmp_path / "a", pattern)
+    moved = inputs.rename(tmp_path / "moved")
+    assert run("--from_metadata", first, "--search_dir", moved.parent, "--save_path", tmp_path / "b") == 0
+    (second,) = results(tmp_path / "b", pattern)
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_settings_hold_names_and_hashes_but_no_paths_unless_asked_for(run, inputs, tmp_path):
+    common = [*quick(inputs), "--seed", "1", "--output_type", "images"]
+    assert run(*common, "--save_path", tmp_path / "a") == 0
+    (result,) = results(tmp_path / "a", "*.png")
+    text = read_settings(result, flag="--from_metadata")
+    assert str(tmp_path) not in text and str(data_dir) not in text
+    data = json.loads(text)
+    cat = content_hash(inputs / "chelsea.png")
+    assert data["inputs"][cat] == {"name": "chelsea.png"}
+    assert data["request"]["control_image_paths"][0] == cat
+    assert data["request"]["prompts"] == {"0": '猫 "quoted" %'}
+    assert set(data["models"]) == {f"--{name}" for name in NAMES}
+    assert run(*common, "--metadata_paths", "--save_path", tmp_path / "b") == 0
+    (result,) = results(tmp_path / "b", "*.png")
+    stored = json.loads(read_settings(result, flag="--from_metadata"))["inputs"][cat]["path"]
+    assert Path(stored) == inputs / "chelsea.png"
+    assert run(*common, "--no_metadata", "--save_path", tmp_path / "c") == 0
+    (result,) = results(tmp_path / "c", "*.png")
+    assert SETTINGS_KEY not in Image.open(result).info
+
+
+def test_a_changed_or_missing_input_is_noticed_and_named(run, inputs, tmp_path, capsys):
+    assert run(*quick(inputs), "--output_type", "images", "--save_path", tmp_path / "a") == 0
+    (result,) = results(tmp_path / "a", "*.png")
+    repeat = ["--from_metadata", result, "--search_dir", inputs, "--save_path", tmp_path / "b"]
+    capsys.readouterr()
+    Image.new("RGB", (80, 80)).save(inputs / "coffee.png")
+    assert run(*repeat) == 2
+    assert "coffee.png, which has changed" in capsys.readouterr().err
+    (inputs / "coffee.png").unlink()
+    assert run(*repeat) == 2
+    line = capsys.readouterr().err
+    assert "got no coffee.png" in line and "--search_dir" in line and line.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_right_one_of_two_inputs_with_one_name_is_found_by_its_content(run, inputs, tmp_path):
+    assert run(*quick(inputs), "--output_type", "latent", "--save_path", tmp_path / "a") == 0
+    (first,) = results(tmp_path / "a", "*.safetensors")
+    (inputs / "a").mkdir()
+    Image.new("RGB", (80, 80)).save(inputs / "a" / "coffee.png")
+    assert run("--from_metadata", first, "--search_dir", inputs, "--save_path", tmp_path / "b") == 0
+    assert results(tmp_path / "b", "*.safetensors")[0].read_bytes() == first.read_bytes()
+
+
+def test_other_weights_are_mentioned(run, demo_models, inputs, tmp_path, caplog):
+    assert run(*quick(inputs), "--output_type", "latent", "--save_path", tmp_path / "a") == 0
+    (first,) = results(tmp_path / "a", "*.safetensors")
+    file = next((demo_models.image_encoder / "image_encoder").glob("*.safetensors"))
+    other = bytearray(file.read_bytes())
+    other[-100:] = bytes(100)
+    (tmp_path / "other.safetensors").write_bytes(other)
+    argv = ["--from_metadata", first, "--search_dir", inputs, "--image_encoder", tmp_path / "other.safetensors"]
+    with caplog.at_level(logging.WARNING):
+        assert run(*argv, "--save_path", tmp_path / "b") == 0
+    assert "--image_encoder is not the file that made" in caplog.text
+    assert "--vae is not" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--from_metadata", "missing.png"], "--from_metadata: got missing.png"),
+        (["--from_metadata", str(PHOTOS / "coffee.png")], "expected a .png, .mp4 or .safetensors with its settings"),
+        (["--from_metadata", str(PHOTOS / "rocket.jpg")], "expected a .png, .mp4 or .safetensors with its settings"),
+        (["--from_metadata", "a.png", "--seed", "1"], "--seed: got 1; expected no settings beside --from_metadata"),
+        (["--from_metadata", "a.png", "--sweep", "seed=1"], "expected one of them"),
+        (["--from_file", "a.txt", "--interactive"], "expected one of them"),
+        (["--prompt", "a", "--search_dir", "."], "--search_dir: got no --from_metadata"),
+        (["--prompt", "a", "--resume_batch"], "--resume_batch: got no --from_file"),
+        (["--prompt", "a", "--sweep", "steps=1..3"], "--sweep: got steps=1..3"),
+        (["--prompt", "a", "--sweep", "guidance_scale=nan"], "--sweep guidance_scale=nan, --guidance_scale: got nan"),
+        (["--prompt", "a", "--sweep", "seed=1..3", "--sweep", "seed=4"], "one or two different settings"),
+        (["--from_file", "missing.txt"], "--from_file: got missing.txt"),
+    ],
+)
+def test_modes_that_cannot_be_are_refused(argv, message, run, tmp_path, capsys):
+    assert run(*argv, "--save_path", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_another_program_are_refused(tmp_path):
+    for text in ("no json", "[]", "{}", json.dumps({"format": 1, "family": "wan"}), json.dumps({"format": 99})):
+        with pytest.raises(UserError, match="settings of a framepack result"):
+            recorded(text, tmp_path / "a.png", None, family="framepack")
+
+
+def request(**changes) -> GenerationRequest:
+    flags = replace(RequestFlags(prompt="a", seed=3), **changes)
+    return resolve_request(flags, image_size=lambda path: (1, 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prompt": "0:a;;;-1:b;;;1:c", "image_path": "0:x;;;-1:y", "end_image_path": "z", "video_sections": 3},
+        {"one_frame_inference": "default"},
+        {
+            "one_frame_inference": "target_index=1,control_index=10;0,no_2x,no_4x,no_post",
+            "control_image_path": ("a", "b"),
+            "control_image_mask_path": ("m",),
+            "image_path": "a",
+        },
+        {"image_path": "a", "image_mask_path": "m", "latent_paddings": "0,0", "flow_shift": 3.5, "guidance_scale": 2.0},
+        {"custom_system_prompt": "s", "negative_prompt": "n", "rope_scaling_timestep_threshold": 800, "f1": True},
+    ],
+)
+def test_every_field_of_a_request_survives_the_way_through_json(changes):
+    original = request(**changes)
+    data = json.loads(json.dumps(request_to_json(original, refer=lambda path: f"#{path}")))
+    assert request_from_json(data, find=lambda key: key.removeprefix("#")) == original
+    assert set(data) == {field.name for field in fields(GenerationRequest)}
+
+
+def test_equal_requests_give_equal_texts():
+    provenance = Provenance(family="framepack", models={"b": "2", "a": "1"}, compute={}, with_paths=False)
+    other = replace(provenance, models={"a": "1", "b": "2"})
+    assert provenance.settings(request()) == other.settings(request())
+
+
+# Sweeps
+
+
+def test_a_sweep_saves_every_cell_and_a_labelled_sheet_of_them(run, inputs, tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr("frame_pack.pipeline.load_transformer", count(loads, "frame_pack.loading.load_transformer"))
+    argv = ["--sweep", "target_index=1,9", "--sweep", "control_index.1=4,10,13", "--output_type", "images"]
+    assert run(*quick(inputs), *argv, "--seed", "1", "--save_path", tmp_path) == 0
+    cells = results(tmp_path, "*_1.png")
+    assert len(cells) == 6
+    assert len({Image.open(cell).tobytes() for cell in cells}) == 6
+    (sheet,) = tmp_path.glob("*_sweep.png")
+    assert sheet.name == f"{cells[0].stem}_sweep.png"
+    width, height = Image.open(sheet).size
+    assert width > 3 * 256 and height > 2 * 256
+    assert len(loads) == 1
+
+
+def count(calls: list, target: str):
+    """The function of that name, noting its calls."""
+    module, _, name = target.rpartition(".")
+    original = getattr(__import__(module, fromlist=[name]), name)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    return counted
+
+
+def test_a_cell_of_a_sweep_is_what_the_same_settings_alone_give(run, inputs, tmp_path):
+    common = [*quick(inputs), "--seed", "1", "--output_type", "latent"]
+    assert run(*common, "--sweep", "latent_window_size=5,64", "--save_path", tmp_path / "a") == 0
+    assert run(*common, "--latent_window_size", "64", "--save_path", tmp_path / "b") == 0
+    cells = results(tmp_path / "a", "*.safetensors")
+    assert len(cells) == 2 and not list((tmp_path / "a").glob("*.png"))
+    assert cells[1].read_bytes() == results(tmp_path / "b", "*.safetensors")[0].read_bytes()
+
+
+# Previews
+
+
+def test_a_preview_is_the_linear_map_that_the_inputs_follow():
+    generator = torch.Generator().manual_seed(0)
+    weights, offset = torch.randn(16, 3, generator=generator) * 0.02, torch.tensor([0.4, 0.5, 0.6])
+    latents = torch.randn(16, 2, 30, 40, generator=generator)
+    colours = torch.einsum("cfhw,ck->fhwk", latents, weights) + offset
+    preview = Preview.fit([(latents[:, i], colours[i].numpy()) for i in range(2)])
+    expected = (colours.clamp(0, 1) * 255).numpy()
+    assert np.abs(preview.frames(latents) - expected).max() < 4  # the ridge shrinks the map by a hundredth
+
+
+def test_previews_of_one_flat_picture_stay_flat():
+    preview = Preview.fit([(torch.ones(16, 8, 8), np.full((8, 8, 3), 0.5))])
+    assert set(preview.frames(torch.randn(16, 3, 8, 8)).flatten().tolist()) == {127}
+
+
+def test_every_section_renews_the_preview(run, inputs, tmp_path, monkeypatch):
+    sizes = []
+    original = Preview.save
+    monkeypatch.setattr(Preview, "save", lambda *args: sizes.append(args[1].shape[1]) or original(*args))
+    argv = ["--preview", "--seed", "1", "--output_type", "latent", "--save_path", tmp_path]
+    assert run(*quick(inputs, video=True), *argv) == 0
+    assert sizes == [1, 2]
+    (preview,) = tmp_path.glob("*_1_preview.png")
+    assert Image.open(preview).size == (2 * 128, 128)
+
+
+# Checks
+
+
+def test_check_reads_everything_but_weights_and_writes_nothing(run, inputs, tmp_path, monkeypatch, caplog):
+    for module in (
+        "frame_pack.loading",
+        "frame_pack.image_encoder",
+        "hunyuan_model.vae",
+        "hunyuan_model.text_encoders",
+    ):
+        monkeypatch.setattr(f"{module}.load_weights", lambda *a, **k: pytest.fail("weights were loaded"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a --d 1\nb\n", encoding="utf-8")
+    argv = ["--check", "--save_path", tmp_path / "out", "--image_path", inputs / "chelsea.png"]
+    with caplog.at_level(logging.INFO):
+        assert run(*argv, "--from_file", prompts) == 0
+    assert "checked: 2 prompts" in caplog.text
+    assert not (tmp_path / "out").exists()
+    assert run(*argv, "--interactive") == 0
+    assert run(*argv, "--prompt", "a", "--sweep", "seed=1..3") == 0
+    assert run(*argv, "--prompt", "a", "--sweep", "target_index=1..3") == 2
+    assert run(*argv, "--prompt", "a", "--tokenizer1", tmp_path) == 2
+
+
+def test_video_carries_its_settings_as_comment(run, inputs, tmp_path):
+    assert run(*quick(inputs, video=True), "--seed", "1", "--save_path", tmp_path) == 0
+    (video,) = tmp_path.glob("*.mp4")
+    assert json.loads(read_settings(video, flag="x"))["request"]["seed"] == 1
+    assert len(list(read_video(video, flag="x"))) == 4 * 2 + 1
