@@ -1,6 +1,7 @@
-"""The main job on the CPU, from small checkpoints and real photographs: `python quickstart.py demo`.
+"""The main jobs on the CPU, from small checkpoints and real photographs: `python quickstart.py demo`.
 
-Everything goes through `fpack_generate_video.py` as a user would call it; its command lines are printed.
+Everything goes through `fpack_generate_video.py` as a user would call it; its command lines are printed. Three calls
+do it all, because each loads the models once: a file of one-frame prompts, a sweep, and a video.
 """
 
 import argparse
@@ -17,14 +18,19 @@ from PIL import Image, ImageOps
 from transformers.utils import logging as transformers_logging
 
 from common.media import read_video
-from common.sheets import contact_sheet
+from common.sheets import BACKGROUND, MARGIN, contact_sheet
 from demo.material import Material, write_material
 from demo.models import ModelPaths, build_models
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE_SIZE = (256, 256)
-VIDEO_SIZE = (128, 160)
+PICTURE_SIZE, SWEEP_SIZE, VIDEO_SIZE = (256, 256), (192, 192), (128, 160)
+"""Heights and widths."""
+SWEEP = "target_index=1,9,13,20,30"
+SWEEP_STEPS = 12
 NUM_VIDEO_CELLS = 4
+KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
+NUM_COLOURS = 256
+"""In the pictures of the documents, so that they stay small."""
 TITLE = "Small models, not trained: they show where each control image goes, not what FramePack can do"
 NOTE = """
 The models are small and not trained: their weights are random, except for a hand-made path through them that copies
@@ -33,127 +39,172 @@ weigh it, and that everything runs; blur, odd colours and texture are what rando
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One call of the script."""
+class Line:
+    """A line of the prompt file, which makes one picture."""
 
-    name: str
-    title: str
-    arguments: tuple[str, ...]
-    inputs: tuple[tuple[str, Path], ...]
-    """Labels and files of what goes in, for the contact sheet."""
-    is_video: bool = False
+    prompt: str
+    options: str
+    controls: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return VIDEO_SIZE if self.is_video else PICTURE_SIZE
+    def __str__(self) -> str:
+        inline = [("i", self.controls[0]), *(("ci", path) for path in self.controls)]
+        inline += [*(("cim", path) for path in self.masks), ("of", self.options)]
+        return " ".join([self.prompt, *(f"--{name} {value}" for name, value in inline)])
 
 
-def jobs(material: Material) -> tuple[Job, ...]:
-    """One-frame inference, 1f-mc, kisekaeichi and a video of two sections."""
-    return (
-        Job(
-            name="one_frame",
-            title="one frame: target 9",
-            arguments=_one_frame("default", "A cat looks up.", material.chelsea),
-            inputs=(("one frame: control at 0", material.chelsea),),
-        ),
-        Job(
-            name="1f-mc",
-            title="1f-mc: target 9",
-            arguments=_one_frame(
-                "target_index=9,control_index=0;1,no_2x,no_4x", "A cat and a cup.", material.chelsea, material.coffee
-            ),
-            inputs=(("1f-mc: control at 0", material.chelsea), ("1f-mc: control at 1", material.coffee)),
-        ),
-        Job(
-            name="kisekaeichi",
-            title="kisekaeichi: target 1",
-            arguments=(
-                *_one_frame(
-                    "target_index=1,control_index=0;10,no_2x,no_4x,no_post",
-                    "An astronaut made of coffee.",
-                    material.astronaut,
-                    material.coffee,
-                ),
-                *("--control_image_mask_path", str(material.astronaut_mask), str(material.coffee_mask)),
-            ),
-            inputs=(
-                ("kisekaeichi: control at 0", material.astronaut),
-                ("its mask", material.astronaut_mask),
-                ("kisekaeichi: control at 10", material.coffee),
-                ("its mask", material.coffee_mask),
-            ),
-        ),
-        Job(
-            name="video",
-            title="video",
-            arguments=(
-                *("--prompt", "The cat blinks.", "--image_path", str(material.chelsea)),
-                *("--video_sections", "2", "--output_type", "video"),
-            ),
-            inputs=(("video: start image", material.chelsea),),
-            is_video=True,
-        ),
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the calls of the script made."""
+
+    pictures: tuple[Path, ...]
+    """One for each line."""
+    sweep: Path
+    video: Path
+
+
+def lines(material: Material) -> tuple[Line, ...]:
+    """Plain one-frame inference, 1f-mc, and kisekaeichi with its masks, without masks, and with exchanged masks."""
+    pair = (material.astronaut, material.coffee)
+    masks = (material.astronaut_mask, material.coffee_mask)
+    one_frame = Line(prompt="A cat looks up.", options="default", controls=(material.chelsea,))
+    blend = Line(
+        prompt="A cat and a cup.",
+        options="target_index=9,control_index=0;1,no_2x,no_4x",
+        controls=(material.chelsea, material.coffee),
     )
+    dressed = [
+        Line(prompt="An astronaut made of coffee.", options=KISEKAEICHI, controls=pair, masks=chosen)
+        for chosen in (masks, (), masks[::-1])
+    ]
+    return one_frame, blend, *dressed
 
 
-def _one_frame(options: str, prompt: str, *controls: Path) -> tuple[str, ...]:
-    paths = [str(path) for path in controls]
-    return (
-        *("--one_frame_inference", options, "--prompt", prompt, "--image_path", paths[0]),
-        *("--control_image_path", *paths, "--output_type", "images"),
-    )
-
-
-def run_job(job: Job, models: ModelPaths, results: Path) -> Path:
-    """Runs the script and returns the one file that it made.
+def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
+    """Calls the script for the prompt file, the sweep and the video.
 
     Raises:
         subprocess.CalledProcessError: the script failed.
     """
-    folder = results / job.name
+    prompts = results / "prompts.txt"
+    prompts.parent.mkdir(parents=True)
+    text = "".join(f"{line}\n" for line in lines(material))
+    prompts.write_text(text, encoding="utf-8")
+    print(f"\n{prompts}:\n{text}", end="", flush=True)
+    pictures = ("--output_type", "images")
+    _call(models, PICTURE_SIZE, results / "one_frame", "--from_file", str(prompts), *pictures)
+    _call(models, SWEEP_SIZE, results / "sweep", *sweep_arguments(material), *pictures)
+    video = ("--prompt", "The cat blinks.", "--image_path", str(material.chelsea), "--video_sections", "2")
+    _call(models, VIDEO_SIZE, results / "video", *video, "--output_type", "video")
+    # Names begin with the time, so their order is the order of the lines.
+    made = tuple(sorted((results / "one_frame").glob("*.png")))
+    (sweep,), (video_path,) = (results / "sweep").glob("*_sweep.png"), (results / "video").glob("*.mp4")
+    return Run(pictures=made, sweep=sweep, video=video_path)
+
+
+def sweep_arguments(material: Material) -> tuple[str, ...]:
+    """The generated picture moves past two control images that stay where they are."""
+    controls = str(material.chelsea), str(material.coffee)
+    return (
+        *("--prompt", "A cat and a cup.", "--image_path", controls[0], "--control_image_path", *controls),
+        *("--one_frame_inference", "control_index=0;10,no_2x,no_4x,no_post"),
+        *("--sweep", SWEEP, "--infer_steps", str(SWEEP_STEPS)),
+    )
+
+
+def _call(models: ModelPaths, size: tuple[int, int], folder: Path, *arguments: str) -> None:
     model_flags = [text for name, path in vars(models).items() for text in (f"--{name}", str(path))]
-    size = [str(length) for length in job.size]
-    common = ["--video_size", *size, "--seed", "1", "--device", "cpu", "--save_path", str(folder)]
-    command = ["fpack_generate_video.py", *model_flags, *job.arguments, *common]
+    common = ["--video_size", *map(str, size), "--seed", "1", "--device", "cpu", "--save_path", str(folder)]
+    command = ["fpack_generate_video.py", *model_flags, *arguments, *common]
     print(f"\n{subprocess.list2cmdline(['python', *command])}", flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    (made,) = folder.iterdir()
-    return made
 
 
-def cells(job: Job, made: Path) -> list[tuple[str, Image.Image]]:
-    """A row of the contact sheet: what went in, cut as the script cuts it, and what came out."""
-    height, width = job.size
-    row = [(label, ImageOps.fit(Image.open(path), (width, height))) for label, path in job.inputs]
-    if not job.is_video:
-        return [*row, (job.title, Image.open(made))]
-    frames = list(read_video(made, flag="the demo's video"))
+def one_frame_sheets(material: Material, run: Run) -> dict[str, Image.Image]:
+    """The inputs of every kind of picture, cut as the script cuts them, beside what came out."""
+    one_frame, blend, *dressed = map(Image.open, run.pictures)
+    inputs = (material.chelsea, material.coffee, material.astronaut, material.astronaut_mask, material.coffee_mask)
+    cat, cup, person, person_mask, cup_mask = (ImageOps.fit(Image.open(path), PICTURE_SIZE[::-1]) for path in inputs)
+    kisekaeichi = [
+        *(("control at 0", person), ("its mask", person_mask), ("control at 10", cup), ("its mask", cup_mask)),
+        *zip(("target 1, these masks", "no masks", "masks exchanged"), dressed, strict=True),
+    ]
+    blended = [("control at 0", cat), ("control at 1", cup), ("target 9", blend)]
+    swept = contact_sheet(
+        [("control at 0", cat), ("control at 10", cup)], columns=2, cell_width=123, title="A sweep of target_index"
+    )
+    return {
+        "one_frame": contact_sheet([("control at 0", cat), ("target 9", one_frame)], columns=2, title="One frame"),
+        "1f-mc": contact_sheet(blended, columns=3, title="1f-mc"),
+        "kisekaeichi": contact_sheet(kisekaeichi, columns=7, cell_width=180, title="Kisekaeichi"),
+        "sweep": tiled([[swept], [Image.open(run.sweep)]]),
+    }
+
+
+def video_sheet(material: Material, run: Run) -> Image.Image:
+    """The start image and some frames."""
+    frames = list(read_video(run.video, flag="the demo's video"))
     chosen = np.linspace(0, len(frames) - 1, NUM_VIDEO_CELLS).round().astype(int)
-    return [*row, *((f"{job.title}: frame {i} of {len(frames)}", Image.fromarray(frames[i])) for i in chosen)]
+    cells = [("start image", ImageOps.fit(Image.open(material.chelsea), VIDEO_SIZE[::-1]))]
+    cells += [(f"frame {i} of {len(frames)}", Image.fromarray(frames[i])) for i in chosen]
+    return contact_sheet(cells, columns=len(cells), title="Video")
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of sheets of any size; neighbours share their margin."""
+    width = max(sum(sheet.width - MARGIN for sheet in row) for row in rows) + MARGIN
+    whole = Image.new("RGB", (width, sum(max(sheet.height for sheet in row) for row in rows)), BACKGROUND)
+    top = 0
+    for row in rows:
+        left = 0
+        for sheet in row:
+            whole.paste(sheet, (left, top))
+            left += sheet.width - MARGIN
+        top += max(sheet.height for sheet in row)
+    return whole
+
+
+def heading(width: int) -> Image.Image:
+    """The title alone, as wide as the sheets below it."""
+    nothing = Image.new("RGB", (width, 1), BACKGROUND)
+    return contact_sheet([("", nothing)], columns=1, cell_width=width - 2 * MARGIN, title=TITLE)
+
+
+def save_sheets(made: dict[str, Image.Image], folder: Path) -> list[Path]:
+    """Writes the pictures of the documents, with few colours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in made]
+    for path, sheet in zip(paths, made.values(), strict=True):
+        # With a palette of its own, given from outside, quantize() dithers.
+        sheet.quantize(palette=sheet.quantize(NUM_COLOURS)).save(path, optimize=True)
+    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Builds models and material, runs the jobs, draws the contact sheet and says where everything is."""
+    """Builds models and material, runs the script, draws the sheets and says where everything is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for everything that is made")
-    output = parser.parse_args(argv).output.resolve()
+    parser.add_argument("--pictures", type=Path, help="folder for the documents' pictures (default: within --output)")
+    options = parser.parse_args(argv)
+    output = options.output.resolve()
     start = time.monotonic()
     transformers_logging.disable_progress_bar()
     models = build_models(output / "models")
     material = write_material(output / "material")
     shutil.rmtree(output / "results", ignore_errors=True)
     try:
-        made = [(job, run_job(job, models, output / "results")) for job in jobs(material)]
+        run = run_all(models, material, output / "results")
     except subprocess.CalledProcessError as error:
         print(f"demo: got exit code {error.returncode} from the command above; expected 0", file=sys.stderr)
         return 1
+    made, video = one_frame_sheets(material, run), video_sheet(material, run)
+    one_frame, blend, kisekaeichi, sweep = made.values()
     sheet_path = output / "contact_sheet.png"
-    contact_sheet([cell for job, path in made for cell in cells(job, path)], columns=5, title=TITLE).save(sheet_path)
+    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [video]]).save(sheet_path)
+    pictures = save_sheets(made, options.pictures or output / "pictures")
     print(NOTE)
     print(f"\nDone in {time.monotonic() - start:.0f} seconds. Made:")
-    for path in (*(path for _, path in made), sheet_path):
+    for path in (*run.pictures, run.sweep, run.video, *pictures, sheet_path):
         print(f"  {path}")
     return 0
 
