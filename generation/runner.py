@@ -56,20 +56,26 @@ def run(
         return 0
     with pipeline.encoder() as encode:
         encoded = list(zip(jobs, encode([job.request for job in jobs]), strict=True))
-    failed = 0
+    report = _Report()
     for job, conditioning in encoded:
         if isinstance(conditioning, Failure):
-            failed += 1
-            _report_failure(job, conditioning.error)
+            report.add(job, conditioning.error)
     ready = [(job, conditioning) for job, conditioning in encoded if not isinstance(conditioning, Failure)]
+    to_save: list[_Generated] = []
+
+    def save() -> None:
+        for generated in to_save:
+            with report.of(generated.job):
+                on_result(generated.save(pipeline))
+        to_save.clear()
+
     with pipeline.denoiser() if ready else nullcontext() as denoise:
         for job, conditioning in ready:
-            try:
-                on_result(_generate(pipeline, denoise, job, conditioning, _Writer(job, output, provenance)))
-            except Exception as error:  # one job must not take the others with it
-                failed += 1
-                _report_failure(job, error)
-    return failed
+            save()
+            with report.of(job):
+                to_save.append(_generate(denoise, job, conditioning, _Writer(job, output, provenance)))
+    save()  # The last one is decoded when the transformer has left: a single prompt never holds both.
+    return report.failed
 
 
 def log_remarks(job: Job) -> None:
@@ -77,22 +83,47 @@ def log_remarks(job: Job) -> None:
         logger.warning("%s: %s", job.where, remark)
 
 
-def _generate(pipeline: Pipeline, denoise: Denoise, job: Job, conditioning: Conditioning, writer: _Writer) -> Result:
+class _Report:
+    """Counts failures and says each in one line; the traceback is for the debug log."""
+
+    failed = 0
+
+    @contextmanager
+    def of(self, job: Job) -> Iterator[None]:
+        """What fails inside is reported and goes no further."""
+        try:
+            yield
+        except Exception as error:  # one job must not take the others with it
+            self.add(job, error)
+
+    def add(self, job: Job, error: Exception) -> None:
+        self.failed += 1
+        if isinstance(error, UserError):
+            logger.error("%s: %s", job.where, error)
+            return
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        logger.error("%s failed: %s: %s%s", job.where, type(error).__name__, one_line(str(error)), place)
+        logger.debug("%s", job.where, exc_info=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generated:
+    """A job whose latents are ready."""
+
+    job: Job
+    writer: _Writer
+    latents: Tensor
+    """(C, F, h, w)"""
+
+    def save(self, pipeline: Pipeline) -> Result:
+        return self.writer.save(self.latents, lambda: pipeline.decode(self.job.request, self.latents))
+
+
+def _generate(denoise: Denoise, job: Job, conditioning: Conditioning, writer: _Writer) -> _Generated:
     log_remarks(job)
     with writer.progress(conditioning) as on_progress:
-        latents = denoise(job.request, conditioning, on_progress)
-    return writer.save(latents, lambda: pipeline.decode(job.request, latents))
-
-
-def _report_failure(job: Job, error: Exception) -> None:
-    """One line; the traceback is for the debug log."""
-    if isinstance(error, UserError):
-        logger.error("%s: %s", job.where, error)
-        return
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    logger.error("%s failed: %s: %s%s", job.where, type(error).__name__, one_line(str(error)), place)
-    logger.debug("%s", job.where, exc_info=error)
+        return _Generated(job=job, writer=writer, latents=denoise(job.request, conditioning, on_progress))
 
 
 class _Writer:

@@ -397,3 +397,23 @@ def test_auto_resize_gives_the_picture_the_ratio_of_the_control_image(models, ca
     assert run(*models, *QUICK, *argv, "--output_type", "images", "--save_path", tmp_path) == 0
     width, height = Image.open(only_file(tmp_path, "*.png")).size
     assert (width % 16, height % 16) == (0, 0) and width > height
+
+
+def test_the_last_result_is_decoded_when_the_transformer_has_left(models, cat, tmp_path, monkeypatch):
+    """A single prompt never holds transformer and VAE at once, on the device or in RAM."""
+    alive = []
+    original_load, original_decode = pipeline_module.load_transformer, pipeline_module.decode_latents
+
+    def load(*args, **kwargs):
+        model = original_load(*args, **kwargs)
+        alive.append(weakref.ref(model))
+        return model
+
+    def decode(*args, **kwargs):
+        assert [model() for model in alive] == [None]
+        return original_decode(*args, **kwargs)
+
+    monkeypatch.setattr("frame_pack.pipeline.load_transformer", load)
+    monkeypatch.setattr("frame_pack.pipeline.decode_latents", decode)
+    argv = ["--image_path", cat, "--one_frame_inference", "default", "--output_type", "images"]
+    assert run(*models, *QUICK, *argv, "--save_path", tmp_path) == 0
