@@ -224,6 +224,25 @@ def test_preparing_all_steps_at_once_equals_one_forward_per_step(transformer):
         assert_equal(transformer.step(latents, prepared, i), transformer(latents, timestep, inputs))
 
 
+@torch.no_grad()
+def test_what_the_latents_do_not_change_is_computed_once_for_all_steps(transformer):
+    calls: dict[str, int] = {}
+    once = ["context_embedder", "image_projection", "clean_x_embedder.proj", "clean_x_embedder.proj_4x", "norm_out"]
+    once += ["time_text_embed", "transformer_blocks.1.norm1.linear", "single_transformer_blocks.0.norm.linear"]
+    every_step = ["x_embedder.proj", "transformer_blocks.1.attn.to_q", "single_transformer_blocks.0.proj_out"]
+
+    def count(name: str):
+        return lambda *_: calls.update({name: calls.get(name, 0) + 1})
+
+    hooks = [transformer.get_submodule(name).register_forward_hook(count(name)) for name in once + every_step]
+    prepared = transformer.prepare(conditioning(section()), torch.tensor([[1000.0], [600.0], [300.0]]))
+    for step in range(3):
+        transformer.step(latent(WINDOW, 9), prepared, step)
+    for hook in hooks:
+        hook.remove()
+    assert calls == dict.fromkeys(once, 1) | dict.fromkeys(every_step, 3)
+
+
 def test_prepare_keeps_gradients(transformer):
     """A LoRA may sit on a norm's linear layer."""
     linear = transformer.single_transformer_blocks[0].norm.linear
