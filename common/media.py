@@ -24,8 +24,8 @@ CRF = 17
 """x264's constant quality: 17 or 18 is "visually lossless or nearly so" (ffmpeg's H.264 guide), the default 23 shows
 artefacts on flat colours, and one fixed bitrate starves large videos while it bloats small ones."""
 
-ENCODER_THREADS = 4
-"""Fixed, because x264's bytes depend on the number of threads, which would otherwise follow the machine's cores."""
+ENCODER_THREADS = 1
+"""x264's bytes depend on the number of threads, and with several of them, now and then, on their timing."""
 
 
 # ---- pictures ----
@@ -263,7 +263,7 @@ def _h264_stream(container, width: int, height: int, fps: float):
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
-    context.thread_count, context.thread_type = ENCODER_THREADS, "FRAME"
+    context.thread_count = ENCODER_THREADS
     context.flags |= Flags.bitexact
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709

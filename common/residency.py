@@ -57,9 +57,9 @@ class Resident(Generic[Model]):
         if self._in_use:
             yield
             return
-        self._enter()
-        self._in_use = True
         try:
+            self._enter()
+            self._in_use = True
             yield
         finally:
             self._in_use = False
@@ -83,11 +83,12 @@ class Resident(Generic[Model]):
         logger.info("%s loaded in %.1f s", self.name, time.perf_counter() - start)
 
     def _leave(self) -> None:
+        """Also after a use that was interrupted while the model came in."""
         self._aside = False
         if self._lent is not None:
             return
-        if self._keep:
-            self._model.to("cpu")
-        else:
+        if not self._keep:
             self._model = None
+        elif self._model is not None:
+            self._model.to("cpu")
         release_memory(self._device)

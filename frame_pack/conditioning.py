@@ -141,7 +141,7 @@ def encode_requests(
         try:
             yield _assemble(request, needed, encoded)
         except Exception as error:  # one request must not take the others with it
-            yield Failure(error=error.with_traceback(None))  # a traceback would keep the encoder's memory
+            yield Failure(error=without_frames(error))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +209,24 @@ def _encode(inputs: Iterable[Any], encoder: Resident, encode: Callable[[Any, Any
         for key in missing:
             try:
                 results[key] = encode(encoder.model, key)
-            except Exception as error:  # kept, without the frames that hold the model, for the requests that need it
-                results[key] = error.with_traceback(None)
-    remembered |= {key: value for key, value in results.items() if not isinstance(value, Exception)}
+            except Exception as error:  # kept for the requests that need it
+                results[key] = without_frames(error)
+    for key, value in results.items():
+        if not isinstance(value, Exception):
+            remembered.pop(key, None)  # to the end, where the latest are
+            remembered[key] = value
     for key in list(remembered)[:-NUM_REMEMBERED]:
         del remembered[key]
     return results
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without tracebacks, its causes' too: their frames hold the encoder, which has to leave the device."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _features(siglip: Any, image: ImageInput) -> Tensor:

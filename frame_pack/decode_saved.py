@@ -7,18 +7,22 @@ from functools import partial
 from pathlib import Path
 
 from common.residency import Resident
-from common.weights import check_names_and_shapes
+from common.weights import check_names_and_shapes, fingerprint
 from frame_pack.pipeline import Compute, decode_latents
 from generation.check import check_output
 from generation.outputs import SETTINGS_KEY, check_latents, load_latents, unused_stem
 from generation.runner import save_frames
-from generation.settings import stored_integer
+from generation.settings import recorded_fps, settings_of_decoding, stored_integer
 from hunyuan_model.vae import build_vae, open_vae
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
+from options.flags_generate import RequestFlags
 from options.request import check_numbers
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_FPS = RequestFlags.fps
+"""Given explicitly or not, this rate gives way to the one that the latents were made for."""
 
 
 def decode_saved(flags: FramePackGenerateFlags) -> int:
@@ -52,6 +56,9 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
             window = stored_integer(metadata, "latent_window_size", flags.request.latent_window_size)
             frames = decode_latents(vae.model, latents, window=window, bulk=compute.bulk_decode)
             stem = unused_stem(Path(output.save_path), stored_integer(metadata, "seeds", 0))
-            settings = None if output.no_metadata else metadata.get(SETTINGS_KEY)
-            save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=flags.request.fps, settings=settings)
+            made = metadata.get(SETTINGS_KEY)
+            fps = recorded_fps(made) or flags.request.fps if flags.request.fps == DEFAULT_FPS else flags.request.fps
+            now = settings_of_decoding(made, vae=fingerprint(checkpoint), compute=compute.recorded(), fps=fps)
+            settings = None if output.no_metadata else now
+            save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=fps, settings=settings)
     return 0

@@ -24,7 +24,13 @@ from frame_pack.sampling import generate_latents
 from generation.pipeline import Denoise, Encode, Frames
 from generation.settings import Provenance
 from hunyuan_model import vae as hunyuan_vae
-from hunyuan_model.text_encoders import load_clip, load_llama, load_tokenizer
+from hunyuan_model.text_encoders import (
+    find_tokenizer,
+    load_clip,
+    load_llama,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from options.flags_generate import ComputeFlags
 from options.geometry import FRAMES_PER_LATENT
 from options.request import GenerationRequest
@@ -110,7 +116,7 @@ class FramePackPipeline:
                 load_tokenizer("clip", given=tokenizers[1], checkpoint=files.clip),
             )
 
-        self.compute, self._checkpoints = compute, checkpoints
+        self.compute, self._checkpoints, self._tokenizers = compute, checkpoints, tokenizers
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
             llama=resident("LLaMA", partial(load_llama, files.llama, **place)),
@@ -125,10 +131,14 @@ class FramePackPipeline:
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
-        models = vars(self._checkpoints).values()
+        files = self._checkpoints
+        models = {checkpoint.flag: fingerprint(checkpoint) for checkpoint in vars(files).values()}
+        sources = (("--tokenizer1", "llama", files.llama), ("--tokenizer2", "clip", files.clip))
+        for (flag, kind, encoder), given in zip(sources, self._tokenizers, strict=True):
+            models[flag] = tokenizer_fingerprint(find_tokenizer(kind, given=given, checkpoint=encoder))
         return Provenance(
             family=FAMILY,
-            models={checkpoint.flag: fingerprint(checkpoint) for checkpoint in models},
+            models=models,
             compute=self.compute.recorded(),
             with_paths=with_paths,
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from generation.jobs import Job, single_job
-from generation.settings import content_hash, request_to_json
+from generation.settings import Provenance, content_hash, request_to_json
 from options.errors import UserError, UserErrors
 from options.flags_generate import OutputFlags, RequestFlags
 from options.prompt_line import PromptLine, numbered_lines
@@ -68,11 +69,22 @@ class Journal:
     """
 
     def __init__(self, prompt_file: str, output: OutputFlags) -> None:
-        self._path = Path(output.save_path) / f"{Path(prompt_file).stem}.finished.jsonl"
-        self._output_type = output.output_type or "video"
+        file = Path(prompt_file).resolve()
+        which = hashlib.sha256(os.fsencode(file)).hexdigest()[:8]  # two files of one name may write to one folder
+        self._path = Path(output.save_path) / f"{file.stem}.{which}.finished.jsonl"
+        self._form = ""
+        self._output_type = output.output_type or "default"
 
-    def remaining(self, lines: Sequence[BatchLine]) -> list[BatchLine]:
-        """The lines without those that are finished in this form and whose results are still there."""
+    def begin(self, lines: Sequence[BatchLine], provenance: Provenance, *, resume: bool) -> list[BatchLine]:
+        """The lines that are to run: all, or on resuming those that are not finished in this form and by these models.
+
+        Without `resume` an earlier run is forgotten.
+        """
+        made_by = json.dumps([self._output_type, dict(provenance.models), dict(provenance.compute)], sort_keys=True)
+        self._form = hashlib.sha256(made_by.encode()).hexdigest()
+        if not resume:
+            self._path.unlink(missing_ok=True)
+            return list(lines)
         finished = Counter(key for key, form, names in self._entries() if self._is_there(form, names))
         remaining = []
         for line in lines:
@@ -83,28 +95,24 @@ class Journal:
         logger.info("--resume_batch: %d of %d lines are finished", len(lines) - len(remaining), len(lines))
         return remaining
 
-    def begin(self) -> None:
-        """Forgets an earlier run."""
-        self._path.unlink(missing_ok=True)
-
     def add(self, key: str, paths: Sequence[Path]) -> None:
         """Notes a finished line, at once on disk."""
-        entry = {"key": key, "output_type": self._output_type, "files": [path.name for path in paths]}
+        entry = {"key": key, "form": self._form, "files": [path.name for path in paths]}
         with self._path.open("a", encoding="utf-8", newline="\n") as stream:
             # The line break goes in front: the entry before may have lost its end in a crash.
             stream.write(f"\n{json.dumps(entry)}")
 
-    def _is_there(self, output_type: str, names: Sequence[str]) -> bool:
-        return output_type == self._output_type and all((self._path.parent / name).exists() for name in names)
+    def _is_there(self, form: str, names: Sequence[str]) -> bool:
+        return form == self._form and all((self._path.parent / name).exists() for name in names)
 
     def _entries(self) -> list[tuple[str, str, list[str]]]:
-        """(key, output type, names of the results) of all whole entries; a crash may have damaged one."""
+        """(key, form, names of the results) of all whole entries; a crash may have damaged one."""
         text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.is_file() else ""
         entries = []
         for line in filter(None, text.splitlines()):
             try:
                 entry = json.loads(line)
-                entries.append((entry["key"], entry["output_type"], entry["files"]))
+                entries.append((entry["key"], entry["form"], entry["files"]))
             except (ValueError, TypeError, KeyError):
                 logger.warning("%s: a damaged line is ignored", self._path)
         return entries

@@ -55,12 +55,19 @@ def _next_line(read: Callable[[], str]) -> str | None:
 
 def console_reader() -> Callable[[], str]:
     """Line editing and history with prompt_toolkit where it is installed and there is a terminal, else plain input."""
-    if sys.stdin.isatty():
-        try:
-            from prompt_toolkit import PromptSession
-        except ImportError:
-            pass
-        else:
-            session = PromptSession()
-            return lambda: session.prompt("> ")
-    return lambda: input("> ")
+    if not sys.stdin.isatty():
+        return _piped_line
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError:
+        return lambda: input("> ")
+    session = PromptSession()
+    return lambda: session.prompt("> ")
+
+
+def _piped_line() -> str:
+    """A line of a pipe or file, decoded on its own: bytes that are no text spoil their line and no other."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode("utf-8-sig")

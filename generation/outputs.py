@@ -185,13 +185,13 @@ def save_pictures(frames: np.ndarray, folder: Path, stem: str, *, settings: str 
     if len(frames) == 1:
         path = folder / f"{stem}.png"
         with atomic_file(path) as temporary:
-            _write_png(temporary, frames[0], settings)
+            write_png(temporary, Image.fromarray(frames[0]), settings)
         return [path]
     target = folder / stem
     names = [f"{index:03d}.png" for index in range(len(frames))]
     with atomic_folder(target) as temporary:
         for name, frame in zip(names, frames, strict=True):
-            _write_png(temporary / name, frame, settings)
+            write_png(temporary / name, Image.fromarray(frame), settings)
     return [target / name for name in names]
 
 
@@ -207,11 +207,12 @@ def save_video(frames: np.ndarray, folder: Path, stem: str, *, fps: float, setti
     return path
 
 
-def _write_png(path: Path, frame: np.ndarray, settings: str | None) -> None:
+def write_png(path: Path, picture: Image.Image, settings: str | None) -> None:
+    """Writes a PNG that carries `settings` as a text."""
     text = PngInfo()
     if settings is not None:
         text.add_itxt(SETTINGS_KEY, settings)
-    Image.fromarray(frame).save(path, format="PNG", pnginfo=text)
+    picture.save(path, format="PNG", pnginfo=text)
 
 
 # ---- settings ----

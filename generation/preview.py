@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import atomic_file
+from generation.outputs import write_png
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Preview:
         levels = torch.stack(frames).clamp(0, 1).unflatten(1, latents.shape[2:])
         return (levels * 255).to(torch.uint8).numpy()
 
-    def save(self, latents: Tensor, folder: Path, stem: str) -> Path:
+    def save(self, latents: Tensor, folder: Path, stem: str, *, settings: str | None = None) -> Path:
         """Writes all frames, in rows, as `{stem}_preview.png` over the one of the section before."""
         frames = self.frames(latents)
         height, width = frames.shape[1:3]
@@ -71,7 +72,7 @@ class Preview:
             sheet.paste(picture, (i % columns * width * scale, i // columns * height * scale))
         path = folder / f"{stem}_preview.png"
         with atomic_file(path) as temporary:
-            sheet.save(temporary, format="PNG")
+            write_png(temporary, sheet, settings)
         return path
 
 

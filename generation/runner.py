@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -54,13 +54,22 @@ def run(
     """
     if not jobs:
         return 0
-    with pipeline.encoder() as encode:
-        encoded = list(zip(jobs, encode([job.request for job in jobs]), strict=True))
     report = _Report()
-    for job, conditioning in encoded:
-        if isinstance(conditioning, Failure):
-            report.add(job, conditioning.error)
-    ready = [(job, conditioning) for job, conditioning in encoded if not isinstance(conditioning, Failure)]
+    settings: dict[int, str] = {}
+    for number, job in enumerate(jobs):  # before encoding: what is encoded is what the settings say
+        with report.of(job):
+            settings[number] = provenance.settings(job.request)
+    known = [(number, job) for number, job in enumerate(jobs) if number in settings]
+    with pipeline.encoder() as encode:
+        encoded = list(encode([job.request for _, job in known]))
+    ready: list[tuple[Job, Conditioning, str]] = []
+    for (number, job), conditioning in zip(known, encoded, strict=True):
+        with report.of(job):
+            if isinstance(conditioning, Failure):
+                raise conditioning.error
+            if provenance.settings(job.request) != settings[number]:
+                raise UserError("input images", "one that changed meanwhile", "unchanged files", "run it again")
+            ready.append((job, conditioning, settings[number]))
     to_save: list[_Generated] = []
 
     def save() -> None:
@@ -70,10 +79,10 @@ def run(
         to_save.clear()
 
     with pipeline.denoiser() if ready else nullcontext() as denoise:
-        for job, conditioning in ready:
+        for job, conditioning, text in ready:
             save()
             with report.of(job):
-                to_save.append(_generate(denoise, job, conditioning, _Writer(job, output, provenance)))
+                to_save.append(_generate(denoise, job, conditioning, _Writer(job, output, text)))
     save()  # The last one is decoded when the transformer has left: a single prompt never holds both.
     return report.failed
 
@@ -129,11 +138,14 @@ def _generate(denoise: Denoise, job: Job, conditioning: Conditioning, writer: _W
 class _Writer:
     """Everything that one job leaves on disk; its name is chosen when the job begins."""
 
-    def __init__(self, job: Job, output: OutputFlags, provenance: Provenance) -> None:
-        self._job, self._output = job, output
+    def __init__(self, job: Job, output: OutputFlags, settings: str) -> None:
+        self._job = job
+        # A single frame is a picture, whatever a video would be saved as.
+        default = "images" if job.request.one_frame is not None else "video"
+        self._output = replace(output, output_type=output.output_type or default)
         self._folder = Path(output.save_path)
         self._stem = unused_stem(self._folder, job.request.seed)
-        self._settings = None if output.no_metadata else provenance.settings(job.request)
+        self._settings = None if output.no_metadata else settings
 
     @contextmanager
     def progress(self, conditioning: Conditioning) -> Iterator[OnProgress]:
@@ -144,7 +156,7 @@ class _Writer:
             def on_progress(progress: Progress) -> None:
                 show_bar(progress)
                 if preview and progress.latents is not None:
-                    preview.save(progress.latents, self._folder, self._stem)
+                    preview.save(progress.latents, self._folder, self._stem, settings=self._settings)
 
             yield on_progress
 

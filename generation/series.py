@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from common.device import pick_device
 from generation.batch import Journal, read_batch
+from generation.check import check_request
 from generation.jobs import Job, single_job
 from generation.outputs import read_settings
 from generation.runner import Result, log_remarks
@@ -26,17 +28,17 @@ class Plan:
     """Jobs, resolved and checked, and what to do with their results."""
 
     jobs: tuple[Job, ...]
-    begin: Callable[[], object] = lambda: None
-    """Called when everything is checked and the first job is about to start."""
+    begin: Callable[[Provenance, tuple[Job, ...]], tuple[Job, ...]] = lambda provenance, jobs: jobs
+    """Called when everything is checked and the first job is about to start; says which jobs are to run."""
     on_result: Callable[[Result], None] = lambda result: None
     finish: Callable[[], object] = lambda: None
     """Called when all jobs have had their turn."""
 
 
-def check_modes(series: SeriesFlags, request: RequestFlags) -> None:
+def check_modes(series: SeriesFlags, request: RequestFlags, output: OutputFlags) -> None:
     """Raises UserError for modes that exclude each other, and for options of a mode that is not on."""
     modes = {"--from_file": series.from_file, "--interactive": series.interactive, "--sweep": series.sweep}
-    modes["--from_metadata"] = series.from_metadata
+    modes |= {"--from_metadata": series.from_metadata, "--latent_path": output.latent_path}
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) > 1:
         raise UserError(chosen[1], f"{chosen[1]} beside {chosen[0]}", "one of them", "leave one out")
@@ -70,12 +72,15 @@ def plan_jobs(series: SeriesFlags, request: RequestFlags, output: OutputFlags, i
 def _plan_batch(series: SeriesFlags, request: RequestFlags, output: OutputFlags, image_size: ImageSize) -> Plan:
     lines = read_batch(series.from_file, request, image_size)
     journal = Journal(series.from_file, output)
-    if series.resume_batch:
-        lines = journal.remaining(lines)
     keys = {id(line.job): line.key for line in lines}
+
+    def begin(provenance: Provenance, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+        remaining = journal.begin(lines, provenance, resume=series.resume_batch)
+        return tuple(line.job for line in remaining)
+
     return Plan(
         jobs=tuple(line.job for line in lines),
-        begin=(lambda: None) if series.resume_batch else journal.begin,
+        begin=begin,
         on_result=lambda result: journal.add(keys[id(result.job)], result.paths),
     )
 
@@ -89,6 +94,7 @@ def recorded_job(series: SeriesFlags, *, family: str) -> tuple[Job, Recorded]:
     file = Path(series.from_metadata)
     search_dir = Path(series.search_dir) if series.search_dir else None
     record = recorded(read_settings(file, flag="--from_metadata"), file, search_dir, family=family)
+    check_request(record.request)
     return Job(request=record.request, where=file.name), record
 
 
@@ -99,18 +105,25 @@ def output_type_like(file: str, output: OutputFlags) -> str:
 
 
 def warn_about_differences(now: Provenance, then: Recorded, file: str) -> None:
-    """The result can only be the same with the same weights on the same kind of device."""
-    for flag, fingerprint in then.models.items():
-        if now.models.get(flag) != fingerprint:
-            logger.warning("%s is not the file that made %s: the result may differ", flag, Path(file).name)
-    if now.compute["device"] != then.compute["device"]:
-        logger.warning("%s was made on %s: the result may differ", Path(file).name, then.compute["device"])
+    """The result can only be the same with the same weights, types and kind of device."""
+    name = Path(file).name
+    for flag in sorted({*now.models, *then.models}):
+        if now.models.get(flag) != then.models.get(flag):
+            logger.warning("%s is not what made %s: the result may differ", flag, name)
+    for setting, value in then.compute.items():
+        if now.compute[setting] != value:
+            logger.warning("%s was made with %s %s: the result may differ", name, setting, value)
 
 
 def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> ComputeFlags:
-    """`flags` with what a result was computed with, where the command line leaves it open."""
+    """`flags` with what a result was computed with, where the command line leaves it open.
+
+    The number type is taken over on the same kind of device only: float32 on a GPU would be twice the memory.
+    """
     defaults = {field.name: field.default for field in fields(flags)}
-    names = ("dit_dtype", "vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode")
+    names = ["vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode"]
+    if pick_device(flags.device).type == then["device"]:
+        names.append("dit_dtype")
     return replace(flags, **{name: then[name] for name in names if getattr(flags, name) == defaults[name]})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from common.media import image_size
+from common.media import check_image, image_size
 from generation.check import check_output, check_vae_memory
 from generation.interactive import console_reader, interact
 from generation.jobs import single_job
@@ -25,6 +25,7 @@ from generation.series import (
 from generation.settings import Recorded
 from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
 from options.prompt_line import PromptLine
+from options.request import check_flags, given_images
 
 
 class GenerateFlags(Protocol):
@@ -57,7 +58,7 @@ def run_session(
         The exit code: 1 when a job failed.
     """
     check_vae_memory(flags.compute)
-    check_modes(flags.series, flags.request)
+    check_modes(flags.series, flags.request, flags.output)
     if flags.output.latent_path:
         return decode_saved(flags)
     check_output(flags.output)
@@ -82,9 +83,11 @@ def _run_plan(
     provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)
     if record:
         warn_about_differences(provenance, record, flags.series.from_metadata)
-    plan.begin()
-    failed = run(pipeline, plan.jobs, flags.output, provenance=provenance, on_result=plan.on_result)
-    plan.finish()
+    jobs = plan.begin(provenance, plan.jobs)
+    try:
+        failed = run(pipeline, jobs, flags.output, provenance=provenance, on_result=plan.on_result)
+    finally:
+        plan.finish()
     return 1 if failed else 0
 
 
@@ -98,6 +101,9 @@ def _repeat(flags: Flags, family: str, open_pipeline: Callable[[Flags], Pipeline
 
 def _converse(flags: Flags, open_pipeline: Callable[[Flags], Pipeline]) -> int:
     """The interactive loop; models are loaded with the first prompt."""
+    check_flags(flags.request)
+    for flag, path in given_images(flags.request):
+        check_image(path, flag=flag)
     pipeline = open_pipeline(flags)
     if flags.series.check:
         return report_check(Plan(jobs=()))

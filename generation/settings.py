@@ -18,9 +18,16 @@ from pathlib import Path
 from options.errors import UserError
 from options.geometry import FRAMEPACK_FPS, FRAMES_PER_LATENT
 from options.one_frame import OneFrameOptions
-from options.request import LIMITS, GenerationRequest
+from options.request import LIMITS, GenerationRequest, check_resolved
 
 FORMAT = 1
+COMPUTE_TYPES = {
+    "device": (str,),
+    "dit_dtype": (str,),
+    "vae_spatial_tile_sample_min_size": (int, type(None)),
+    "vae_chunk_size": (int, type(None)),
+    "bulk_decode": (bool,),
+}
 PATH_FIELDS = ("image_mask_path", "end_image_path")
 PATH_LIST_FIELDS = ("control_image_paths", "control_mask_paths")
 
@@ -43,9 +50,9 @@ class Provenance:
 
         def refer(path: str) -> str:
             digest = content_hash(path)
-            inputs[digest] = {"name": Path(path).name} | (
-                {"path": str(Path(path).resolve())} if self.with_paths else {}
-            )
+            inputs[digest] = {"name": _readable(Path(path).name)}
+            if self.with_paths:
+                inputs[digest]["path"] = _readable(str(Path(path).resolve()))
             return digest
 
         data = {
@@ -57,6 +64,11 @@ class Provenance:
             "compute": dict(self.compute),
         }
         return json.dumps(data, ensure_ascii=False, sort_keys=True)
+
+
+def _readable(name: str) -> str:
+    """A file name as text; names in other encodings, which Linux allows, cannot be written as they are."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def content_hash(path: str | Path) -> str:
@@ -124,14 +136,27 @@ def recorded(text: str, file: Path, search_dir: Path | None, *, family: str) -> 
     try:
         data = json.loads(text)
         if (data["format"], data["family"]) != (FORMAT, family):
-            raise ValueError
+            raise ValueError("another format or family")
         request = request_from_json(data["request"], lambda key: _find(key, data["inputs"], file, search_dir))
-        return Recorded(request=request, models=data["models"], compute=data["compute"])
+        check_resolved(request)
+        record = Recorded(request=request, models=data["models"], compute=data["compute"])
+        _check_record(record)
+        return record
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         expected = f"settings of a {family} result, format {FORMAT}"
-        raise UserError(
-            "--from_metadata", f"{file} with other settings", expected, "give a result of this suite"
-        ) from error
+        remedy = f"give a result of this suite ({type(error).__name__}: {error})"
+        raise UserError("--from_metadata", f"{file} with other settings", expected, remedy) from error
+
+
+def _check_record(record: Recorded) -> None:
+    """Raises TypeError or KeyError for models and compute settings that were edited into nonsense."""
+    if not all(isinstance(text, str) for text in (*record.models, *record.models.values())):
+        raise TypeError("models")
+    for name, kinds in COMPUTE_TYPES.items():
+        if type(record.compute[name]) not in kinds:
+            raise TypeError(name)
+    if record.compute["dit_dtype"] not in ("bfloat16", "float16", "float32"):
+        raise ValueError("dit_dtype")
 
 
 def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, search_dir: Path | None) -> str:
@@ -150,6 +175,34 @@ def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, sear
             "--from_metadata", got, f"its content of then (sha256 {digest[:12]}…)", "give that folder as --search_dir"
         )
     raise UserError("--from_metadata", f"no {name}", f"the input of {file.name}", "give its folder as --search_dir")
+
+
+def settings_of_decoding(text: str | None, *, vae: str, compute: Mapping[str, object], fps: int) -> str | None:
+    """The settings of saved latents, with what decoded them now in place of what was meant to then.
+
+    Args:
+        text: as the latent file carries it; None, or another program's, gives None.
+        vae: fingerprint of the VAE.
+        compute: of the run that decodes.
+    """
+    try:
+        data = json.loads(text)
+        data["request"]["fps"], data["models"]["--vae"] = fps, vae
+        data["compute"] |= {name: compute[name] for name in ("vae_spatial_tile_sample_min_size", "vae_chunk_size")}
+        data["compute"]["bulk_decode"] = compute["bulk_decode"]
+    except (TypeError, ValueError, KeyError):
+        return None
+    return json.dumps(data, ensure_ascii=False, sort_keys=True)
+
+
+def recorded_fps(text: str | None) -> int | None:
+    """The frame rate that a latent file's settings ask for; None when they do not say."""
+    try:
+        fps = json.loads(text)["request"]["fps"]
+    except (TypeError, ValueError, KeyError):
+        return None
+    low, high = LIMITS["fps"]
+    return fps if type(fps) is int and low <= fps <= high else None
 
 
 def incumbent_metadata(request: GenerationRequest) -> dict[str, str]:

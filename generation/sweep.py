@@ -20,6 +20,8 @@ from options.sweep import Sweep, SweepPoint, sweep_points
 
 logger = logging.getLogger(__name__)
 
+CELL_WIDTH = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
@@ -62,8 +64,9 @@ class SweepSheet:
     def add(self, result: Result) -> None:
         self._stem = self._stem or result.stem
         if result.frames is not None:
-            frame = result.frames[len(result.frames) // 2]
-            self._cells[self._labels[id(result.job)]] = Image.fromarray(frame)
+            picture = Image.fromarray(result.frames[len(result.frames) // 2])
+            picture.thumbnail((CELL_WIDTH * 2, CELL_WIDTH * 2))  # a thousand cells at full size would fill the memory
+            self._cells[self._labels[id(result.job)]] = picture
 
     def save(self, folder: Path) -> Path | None:
         """Writes `{stem of the first result}_sweep.png`, failed cells grey; None when no pictures were decoded."""
@@ -73,6 +76,6 @@ class SweepSheet:
         cells = [(label, self._cells.get(label, empty)) for label in self._labels.values()]
         path = folder / f"{self._stem}_sweep.png"
         with atomic_file(path) as temporary:
-            contact_sheet(cells, columns=self._columns).save(temporary, format="PNG")
+            contact_sheet(cells, columns=self._columns, cell_width=CELL_WIDTH).save(temporary, format="PNG")
         logger.info("saved %s", path)
         return path

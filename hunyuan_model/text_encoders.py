@@ -6,6 +6,7 @@ template's prefix, so that two layers and the last norm are never run and are no
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -230,6 +231,15 @@ def find_tokenizer(kind: Literal["llama", "clip"], *, given: str | None, checkpo
     if os.path.exists(given) or not HUB_ID.fullmatch(given):
         raise UserError(place.flag, given, "a folder with a tokenizer (tokenizer.json) or a hub id", "check the path")
     return given
+
+
+def tokenizer_fingerprint(source: str) -> str:
+    """A hash over the files of a tokenizer's folder; of one from the hub, its id."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(source).iterdir()) if os.path.isdir(source) else ():
+        if file.name in TOKENIZER_FILES:
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest() if os.path.isdir(source) else source
 
 
 def _holds_tokenizer(folder: Path) -> bool:

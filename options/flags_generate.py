@@ -45,7 +45,7 @@ class OutputFlags:
 
     save_path: str = flag("folder for results", required=True)
     output_type: Literal["video", "images", "latent", "both", "latent_images"] | None = flag(
-        "both: latent and video; latent_images: latent and pictures (default: video; when repeated, what FILE is)"
+        "both: latent and video; latent_images: latent and pictures (default: video, of one frame a picture)"
     )
     no_metadata: bool = flag("save no settings with results", default=False)
     metadata_paths: bool = flag("save the paths of inputs too, not only names and hashes", default=False)

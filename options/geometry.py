@@ -17,7 +17,7 @@ def check_size(height: int, width: int, where: str = "--video_size") -> None:
     """Raises UserError unless both are positive multiples of 16 that a picture can have."""
     if all(0 < side <= MAX_SIDE and side % SIZE_STEP == 0 for side in (height, width)):
         return
-    near = [min(max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP), MAX_SIDE) for side in (height, width)]
+    near = [min(max(SIZE_STEP, (side + SIZE_STEP // 2) // SIZE_STEP * SIZE_STEP), MAX_SIDE) for side in (height, width)]
     expected = f"height and width that are multiples of {SIZE_STEP}, at most {MAX_SIDE}"
     raise UserError(where, f"{height} {width}", expected, f"use {near[0]} {near[1]}, say")
 

@@ -1,10 +1,11 @@
 """Prompt lines: `a cat --w 832 --h 480 --d 42 --i start.png`, in batch files and in the interactive loop.
 
-An option begins at a space and two dashes and ends at the next one, so values may hold spaces but not ` --`.
+An option begins at white space and two dashes and ends at the next one, so values may hold spaces but not ` --`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -62,6 +63,8 @@ GENERATION_OPTIONS = {
 """FramePack's options in prompts for generation; training samples have a table of their own."""
 
 SIDES = {"h": 0, "w": 1}
+OPTION_START = re.compile(r"(?:^|\s)--")
+"""Any white space in front counts, the full-width space of Japanese keyboards too: an option shall not become text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,10 @@ class PromptLine:
         Raises:
             UserError: an unknown option, a missing or malformed value.
         """
-        prompt, *pieces = f" {line.strip()}".split(" --")
+        prompt, *pieces = OPTION_START.split(line.strip())
         overrides: dict[str, object] = {}
         for piece in pieces:
-            name, _, value = piece.strip().partition(" ")
+            name, value = [*piece.strip().split(maxsplit=1), "", ""][:2]
             option = GENERATION_OPTIONS.get(name)
             if option is None:
                 raise _unknown(name, where)

@@ -100,7 +100,8 @@ def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> Generation
     """
     if flags.prompt is None:
         raise UserError("--prompt", "nothing", "a prompt", 'give --prompt "…"')
-    check_numbers(flags)
+    check_flags(flags)
+    flags = split_image_list(flags)
     request = GenerationRequest(
         prompts=parse_sections(flags.prompt, "--prompt"),
         negative_prompt=flags.negative_prompt or "",
@@ -131,7 +132,6 @@ def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> Generation
         request = _resolve_one_frame(request, flags.one_frame_auto_resize, image_size)
     else:
         _check_section_video(request, flags.one_frame_auto_resize)
-    check_size(request.height, request.width)
     check_sections(request.prompts, request.num_sections, "--prompt")
     check_sections(request.image_paths, request.num_sections, "--image_path")
     return request
@@ -163,6 +163,71 @@ def check_numbers(flags: RequestFlags) -> None:
             raise UserError(f"--{name}", value, f"{kind} from {low} to {high}", "change it")
 
 
+def check_flags(flags: RequestFlags) -> None:
+    """Raises UserError for whatever is wrong with a single flag; how they go together, `resolve_request` finds out."""
+    check_numbers(flags)
+    check_size(*flags.video_size)
+    _paddings(flags.latent_paddings)
+    _parse_one_frame(flags.one_frame_inference)
+    for name in ("prompt", "negative_prompt", "custom_system_prompt"):
+        text = getattr(flags, name) or ""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            got = text.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"--{name}", got, "a text in UTF-8", "the console or file is in another encoding")
+
+
+def given_images(flags: RequestFlags) -> list[tuple[str, str]]:
+    """(flag, path) of every image that flags name, before it is known how they go together."""
+    flags = split_image_list(flags)
+    starts = parse_sections(flags.image_path, "--image_path").values() if flags.image_path else ()
+    found = [("--image_path", path) for path in starts]
+    for name in ("control_image_path", "control_image_mask_path"):
+        found += [(f"--{name}", path) for path in getattr(flags, name)]
+    single = ((f"--{name}", getattr(flags, name)) for name in ("image_mask_path", "end_image_path"))
+    return found + [(flag, path) for flag, path in single if path]
+
+
+def check_resolved(request: GenerationRequest) -> None:
+    """The same for a request that comes from a file instead of flags.
+
+    Raises:
+        UserError: values that flags could not have given.
+        TypeError: values of another type.
+    """
+    flags = RequestFlags(
+        video_size=(request.height, request.width),
+        video_sections=request.num_sections,
+        latent_window_size=request.latent_window_size,
+        infer_steps=request.num_steps,
+        seed=request.seed,
+        embedded_cfg_scale=request.distilled_guidance,
+        guidance_scale=request.cfg_scale,
+        guidance_rescale=request.cfg_rescale,
+        flow_shift=request.flow_shift,
+        rope_scaling_timestep_threshold=request.rope_scaling_threshold,
+        rope_scaling_factor=request.rope_scaling_factor,
+        fps=request.fps,
+        latent_paddings=",".join(map(str, request.latent_paddings)) or None,
+    )
+    whole = (
+        *flags.video_size,
+        flags.video_sections,
+        flags.latent_window_size,
+        flags.infer_steps,
+        flags.seed,
+        flags.fps,
+    )
+    if not all(type(value) is int for value in whole):
+        raise TypeError("a number that is not whole")
+    check_flags(flags)
+    for sections in (request.prompts, request.image_paths):
+        check_sections(sections, request.num_sections, "prompts and images")
+    if not all(isinstance(prompt, str) for prompt in (*request.prompts.values(), request.negative_prompt)):
+        raise TypeError("a prompt that is no text")
+    if 0 not in request.prompts or (request.one_frame is not None and request.num_sections != 1):
+        raise TypeError("no prompt, or sections of a single frame")
+
+
 def _paddings(text: str | None) -> tuple[int, ...]:
     """`3,2,1,0` as integers."""
     if text is None:
@@ -180,7 +245,7 @@ def _parse_one_frame(text: str | None) -> OneFrameOptions | None:
 
 def _resolve_one_frame(request: GenerationRequest, auto_resize: bool, image_size: ImageSize) -> GenerationRequest:
     """One section, one index per control image, masks by position, and perhaps the first control's aspect ratio."""
-    request = _split_image_list(replace(request, num_sections=1))
+    request = replace(request, num_sections=1)
     controls, masks = request.control_image_paths, request.control_mask_paths
     if request.image_mask_path and not masks:
         masks = (request.image_mask_path,)
@@ -196,14 +261,17 @@ def _resolve_one_frame(request: GenerationRequest, auto_resize: bool, image_size
     return request
 
 
-def _split_image_list(request: GenerationRequest) -> GenerationRequest:
-    """`--image_path "background.png,character.png"`: the first image is looked at, and all are control images unless
-    `--control_image_path` names others. A file of exactly that name is one image."""
-    path = request.image_paths.get(0, "")
-    if "," not in path or os.path.exists(path):
-        return request
+def split_image_list(flags: RequestFlags) -> RequestFlags:
+    """The comma list of one-frame mode, `--image_path "background.png,character.png"`.
+
+    The first image is looked at, and all are control images unless `--control_image_path` names others. A file of
+    exactly that name is one image.
+    """
+    path = flags.image_path or ""
+    if flags.one_frame_inference is None or "," not in path or os.path.exists(path):
+        return flags
     images = tuple(part.strip() for part in path.split(","))
-    return replace(request, image_paths={0: images[0]}, control_image_paths=request.control_image_paths or images)
+    return replace(flags, image_path=images[0], control_image_path=flags.control_image_path or images)
 
 
 def _check_section_video(request: GenerationRequest, auto_resize: bool) -> None:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from options.errors import UserError, did_you_mean
 from options.flags_generate import RequestFlags
 from options.one_frame import OneFrameOptions
+from options.request import split_image_list
 
 INTEGER_NAMES = ("target_index", "latent_window_size", "control_index", "seed")
 NUMBER_NAMES = ("guidance_scale", "embedded_cfg_scale")
 KNOWN = (*INTEGER_NAMES, *NUMBER_NAMES)
-RANGE = re.compile(r"(?P<first>-?[0-9.]+?)\.\.(?P<last>-?[0-9.]+?)(?::(?P<step>[0-9.]+))?")
+NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+RANGE = re.compile(rf"(?P<first>-?{NUMBER})\.\.(?P<last>-?{NUMBER})(?::(?P<step>{NUMBER}))?")
 MAX_VALUES = 1000
 
 
@@ -41,8 +43,8 @@ class Sweep:
             raise UserError(where, text, f"name=values, the name one of {known}", _name_remedy(setting, position))
         kind = int if setting in INTEGER_NAMES else float
         found = [value for item in values.split(",") for value in _values(item.strip(), kind, text, where)]
-        if not has_values or len(found) > MAX_VALUES:
-            raise UserError(where, text, f"1 to {MAX_VALUES} values", f"write {name}=1..9, say")
+        if not has_values or len(found) > MAX_VALUES or len(set(found)) < len(found):
+            raise UserError(where, text, f"1 to {MAX_VALUES} different values", f"write {name}=1..9, say")
         return cls(name=name, values=tuple(found))
 
     def set(self, flags: RequestFlags, value: float, where: str = "--sweep") -> RequestFlags:
@@ -87,7 +89,7 @@ def sweep_points(flags: RequestFlags, sweeps: Sequence[Sweep]) -> list[SweepPoin
         got = " ".join(sweep.name for sweep in sweeps)
         raise UserError("--sweep", got, "one or two different settings", "leave one out")
     seed = secrets.randbits(32) if flags.seed is None else flags.seed
-    points = [SweepPoint(label="", flags=replace(flags, seed=seed))]
+    points = [SweepPoint(label="", flags=split_image_list(replace(flags, seed=seed)))]
     for sweep in sweeps:
         points = [
             SweepPoint(label=f"{point.label} {sweep.name}={value}".strip(), flags=sweep.set(point.flags, value))

@@ -349,7 +349,7 @@ def test_the_transformer_is_not_loaded_for_requests_that_all_failed(models, cat,
     assert "gone.png" in caplog.text
 
 
-def test_one_encoder_is_resident_at_a_time(models, cat, monkeypatch):
+def test_one_encoder_is_resident_at_a_time(models, cat, tmp_path, monkeypatch):
     """A 16 GB card holds LLaMA only when nothing else lies beside it."""
     alive: dict[str, weakref.ref] = {}
     beside: dict[str, list[str]] = {}
@@ -370,6 +370,11 @@ def test_one_encoder_is_resident_at_a_time(models, cat, monkeypatch):
     with pipeline.encoder() as encode:
         list(encode([request]))
     assert beside == {"load_llama": [], "load_clip": [], "load_siglip": []}
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(cat).read_bytes()[:2000])
+    with pipeline.encoder() as encode:
+        (failure,) = encode([replace(request, image_paths={0: str(broken)})])  # what failed is kept, the model is not
+    assert isinstance(failure, Failure)
     assert all(model() is None for model in alive.values())
 
 

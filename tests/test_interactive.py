@@ -1,5 +1,6 @@
 """`--interactive`: nothing that happens to one prompt ends the session, and the models stay."""
 
+import io
 import os
 import re
 import select
@@ -93,17 +94,29 @@ class PromptSession:
     ("is_installed", "is_terminal", "expected"),
     [
         (True, True, "edited after > "),
-        (True, False, "plain after > "),
+        (True, False, "piped"),
         (False, True, "plain after > "),
-        (False, False, "plain after > "),
+        (False, False, "piped"),
     ],
 )
 def test_line_editing_needs_prompt_toolkit_and_a_terminal(is_installed, is_terminal, expected, monkeypatch):
     module = SimpleNamespace(PromptSession=PromptSession) if is_installed else None
     monkeypatch.setitem(sys.modules, "prompt_toolkit", module)
-    monkeypatch.setattr(interactive.sys, "stdin", SimpleNamespace(isatty=lambda: is_terminal))
+    monkeypatch.setattr(
+        interactive.sys, "stdin", SimpleNamespace(isatty=lambda: is_terminal, buffer=io.BytesIO(b"piped"))
+    )
     monkeypatch.setattr("builtins.input", lambda message: f"plain after {message}")
     assert console_reader()() == expected
+
+
+def test_bytes_that_are_no_text_spoil_only_their_own_line(monkeypatch, capsys):
+    """A file of prompts piped in, one line of which is in another encoding."""
+    lines = "猫\n".encode() + b"\xff\xfe\n" + "犬".encode()
+    monkeypatch.setattr(interactive.sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(lines)))
+    generated = []
+    interact(generated.append, console_reader())
+    assert generated == ["猫", "犬"]
+    assert "no text" in capsys.readouterr().err
 
 
 class Terminal:

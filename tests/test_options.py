@@ -215,6 +215,7 @@ def test_an_unset_seed_differs_from_call_to_call():
         ({"video_seconds": -1.0}, "--video_seconds: got -1.0"),
         ({"video_seconds": float("nan")}, "--video_seconds: got nan"),
         ({"video_sections": 0}, "--video_sections: got 0"),
+        ({"prompt": "caf\udce9"}, "--prompt: got caf\\udce9; expected a text in UTF-8"),
         ({"video_size": (32768, 256)}, "at most 16384"),
         ({"fps": 4_000_000_000}, "--fps: got 4000000000; expected an integer from 1 to 1000"),
         ({"flow_shift": 1e-300}, "--flow_shift: got 1e-300"),

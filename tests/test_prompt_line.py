@@ -65,6 +65,13 @@ def test_inline_options_override_the_command_line(line, field, value):
     assert getattr(over(f"a cat {line}"), field) == value
 
 
+@pytest.mark.parametrize("space", ["\u3000", "\t", " \u3000 "])
+def test_any_white_space_begins_an_option(space):
+    """Japanese keyboards type the full-width space; an option behind it must not become prompt text."""
+    flags = over(f"猫{space}--d{space}42{space}--s 7")
+    assert (flags.prompt, flags.seed, flags.infer_steps) == ("猫", 42, 7)
+
+
 def test_what_a_line_leaves_out_comes_from_the_command_line():
     assert over("a cat") == replace(BASE, prompt="a cat")
 
@@ -174,6 +181,8 @@ def test_an_open_seed_is_the_same_in_all_cells():
         (["seed=9..1"], "a rising range"),
         (["seed=1..9:0"], "a rising range"),
         (["seed=1..100000"], "a rising range of at most 1000"),
+        (["seed=0..1" + "0" * 400], "expected integers"),
+        (["seed=1,2,1"], "1 to 1000 different values"),
         (["seed=1", "seed=2"], "one or two different settings"),
         (["seed=1", "guidance_scale=1", "target_index=1"], "one or two different settings"),
         (["target_index=1"], "add --one_frame_inference default"),
@@ -197,6 +206,7 @@ PIECES = [
     *(f"--{name}" for name in GENERATION_OPTIONS),
     *KNOWN,
     *("=", ";", ";;;", ",", "..", ":", " ", " --", "--", "-1", "0", "9", "1e9", "nan", "inf", "0.5", "-", "１"),
+    *("1" * 30, "9" * 400, "\ud83d"),
     *("a cat", "猫", "I am", "C:/絵 [x].png", "\t", "\u3000", "\x00", "%", "{}", "0:a;;;-1:b", "1-2:x", "#", '"', "'"),
 ]
 

@@ -2,18 +2,24 @@
 
 import json
 import logging
+import os
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage import data_dir
 
 import fpack_generate_video
 from common.media import read_video
+from frame_pack import conditioning
+from generation import runner
 from generation.outputs import SETTINGS_KEY, read_settings
 from generation.preview import Preview
 from generation.settings import Provenance, content_hash, recorded, request_from_json, request_to_json
@@ -92,7 +98,7 @@ def test_settings_hold_names_and_hashes_but_no_paths_unless_asked_for(run, input
     assert data["inputs"][cat] == {"name": "chelsea.png"}
     assert data["request"]["control_image_paths"][0] == cat
     assert data["request"]["prompts"] == {"0": '猫 "quoted" %'}
-    assert set(data["models"]) == {f"--{name}" for name in NAMES}
+    assert set(data["models"]) == {f"--{name}" for name in (*NAMES, "tokenizer1", "tokenizer2")}
     assert run(*common, "--metadata_paths", "--save_path", tmp_path / "b") == 0
     (result,) = results(tmp_path / "b", "*.png")
     stored = json.loads(read_settings(result, flag="--from_metadata"))["inputs"][cat]["path"]
@@ -136,7 +142,7 @@ def test_other_weights_are_mentioned(run, demo_models, inputs, tmp_path, caplog)
     argv = ["--from_metadata", first, "--search_dir", inputs, "--image_encoder", tmp_path / "other.safetensors"]
     with caplog.at_level(logging.WARNING):
         assert run(*argv, "--save_path", tmp_path / "b") == 0
-    assert "--image_encoder is not the file that made" in caplog.text
+    assert "--image_encoder is not what made" in caplog.text
     assert "--vae is not" not in caplog.text
 
 
@@ -149,6 +155,7 @@ def test_other_weights_are_mentioned(run, demo_models, inputs, tmp_path, caplog)
         (["--from_metadata", "a.png", "--seed", "1"], "--seed: got 1; expected no settings beside --from_metadata"),
         (["--from_metadata", "a.png", "--sweep", "seed=1"], "expected one of them"),
         (["--from_file", "a.txt", "--interactive"], "expected one of them"),
+        (["--latent_path", "a.safetensors", "--from_file", "b.txt"], "expected one of them"),
         (["--prompt", "a", "--search_dir", "."], "--search_dir: got no --from_metadata"),
         (["--prompt", "a", "--resume_batch"], "--resume_batch: got no --from_file"),
         (["--prompt", "a", "--sweep", "steps=1..3"], "--sweep: got steps=1..3"),
@@ -162,6 +169,144 @@ def test_modes_that_cannot_be_are_refused(argv, message, run, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+EDITS = {
+    "no compute": lambda data: data.update(compute={}),
+    "models as a list": lambda data: data.update(models=[]),
+    "a type that is none": lambda data: data["compute"].update(dit_dtype="load"),
+    "a type that is a number": lambda data: data["compute"].update(dit_dtype=5),
+    "no steps": lambda data: data["request"].update(num_steps=0),
+    "odd height": lambda data: data["request"].update(height=70),
+    "height as text": lambda data: data["request"].update(height="64"),
+    "no prompt": lambda data: data["request"].update(prompts={}),
+    "a number as prompt": lambda data: data["request"].update(prompts={"0": 5}),
+    "a negative seed": lambda data: data["request"].update(seed=-1),
+    "sections of one frame": lambda data: data["request"].update(num_sections=10**9),
+    "an unknown field": lambda data: data["request"].update(colour="red"),
+    "unknown one-frame options": lambda data: data["request"].update(one_frame="target=1"),
+}
+
+
+def test_settings_that_were_edited_into_nonsense_are_refused_before_weights_load(run, inputs, tmp_path, capsys):
+    assert run(*quick(inputs), "--output_type", "images", "--save_path", tmp_path / "a") == 0
+    (result,) = results(tmp_path / "a", "*.png")
+    text = read_settings(result, flag="x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("frame_pack.pipeline.load_llama", lambda *a, **k: pytest.fail("weights were loaded"))
+        for name, edit in EDITS.items():
+            data = json.loads(text)
+            edit(data)
+            info = PngInfo()
+            info.add_itxt(SETTINGS_KEY, json.dumps(data))
+            Image.new("RGB", (8, 8)).save(tmp_path / "edited.png", pnginfo=info)
+            capsys.readouterr()
+            argv = ["--from_metadata", tmp_path / "edited.png", "--search_dir", inputs, "--save_path", tmp_path / "b"]
+            assert run(*argv) == 2, name
+            assert capsys.readouterr().err.count("\n") == 1, name
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_decoded_latent_says_what_decoded_it(run, demo_models, inputs, tmp_path):
+    """Rate, tiles and VAE are those of the decoding, so that it repeats to the byte."""
+    argv = [*quick(inputs, video=True), "--fps", "24", "--output_type", "latent", "--save_path", tmp_path / "a"]
+    assert run(*argv) == 0
+    (latent,) = results(tmp_path / "a", "*.safetensors")
+    assert run("--latent_path", latent, "--bulk_decode", "--save_path", tmp_path / "b") == 0
+    (video,) = results(tmp_path / "b", "*.mp4")
+    with av.open(str(video)) as container:
+        assert container.streams.video[0].average_rate == 24
+    assert run("--from_metadata", video, "--search_dir", inputs, "--save_path", tmp_path / "c") == 0
+    (again,) = results(tmp_path / "c", "*.mp4")
+    assert again.read_bytes() == video.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_inputs_with_names_that_are_no_text_are_no_reason_to_lose_a_result(run, inputs, tmp_path):
+    odd = os.fsdecode(os.fsencode(inputs) + b"/n\xff.png")
+    shutil.copy(inputs / "coffee.png", odd)
+    argv = ["--prompt", "a", "--infer_steps", "1", "--video_size", "64", "64", "--one_frame_inference", "default"]
+    assert run(*argv, "--control_image_path", odd, "--save_path", tmp_path / "a") == 0
+    (result,) = results(tmp_path / "a", "*.png")
+    assert content_hash(odd) in json.loads(read_settings(result, flag="x"))["inputs"]
+
+
+def test_an_input_that_changes_while_it_is_encoded_fails_its_job(run, inputs, tmp_path, monkeypatch, caplog):
+    """Otherwise the result would carry the hash of a picture that it was not made from."""
+    original = conditioning._image_latent
+
+    def edit_meanwhile(vae, image):
+        latent = original(vae, image)
+        Image.new("RGB", (70, 70)).save(inputs / "coffee.png")
+        return latent
+
+    monkeypatch.setattr(conditioning, "_image_latent", edit_meanwhile)
+    assert run(*quick(inputs), "--output_type", "latent", "--save_path", tmp_path / "a") == 1
+    assert "one that changed meanwhile" in caplog.text
+    assert not list(tmp_path.glob("a/*.safetensors"))
+
+
+def test_one_frame_is_saved_as_a_picture_unless_asked_otherwise(run, inputs, tmp_path):
+    assert run(*quick(inputs), "--sweep", "seed=1,2", "--save_path", tmp_path) == 0
+    assert len(results(tmp_path, "*.png")) == 2 and not list(tmp_path.glob("*.mp4"))
+
+
+def test_an_interrupted_sweep_keeps_the_sheet_of_what_is_done(run, inputs, tmp_path, monkeypatch):
+    calls = []
+    original = runner._generate
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(runner, "_generate", interrupted)
+    argv = ["--sweep", "seed=1..4", "--output_type", "images", "--save_path", tmp_path]
+    assert run(*quick(inputs), *argv) == 130
+    assert len(results(tmp_path, "*.png")) == 2
+    assert len(list(tmp_path.glob("*_sweep.png"))) == 1
+
+
+def test_a_comma_list_of_controls_can_be_swept(run, inputs, tmp_path):
+    both = f"{inputs / 'chelsea.png'},{inputs / 'coffee.png'}"
+    argv = ["--prompt", "a", "--image_path", both, "--one_frame_inference", "control_index=0;10", "--check"]
+    assert run(*argv, "--sweep", "control_index.1=4,10", "--save_path", tmp_path / "a") == 0
+
+
+def test_resuming_with_other_types_makes_the_lines_again(run, inputs, tmp_path):
+    (tmp_path / "p.txt").write_text(f"a --i {inputs / 'coffee.png'} --d 1 --of default\n", encoding="utf-8")
+    argv = ["--from_file", tmp_path / "p.txt", "--infer_steps", "1", "--video_size", "64", "64"]
+    argv += ["--save_path", tmp_path / "a", "--output_type", "latent"]
+    for extra, expected in (([], 1), (["--resume_batch"], 1), (["--resume_batch", "--dit_dtype", "bf16"], 2)):
+        assert run(*argv, *extra) == 0
+        assert len(list((tmp_path / "a").glob("*.safetensors"))) == expected
+
+
+def test_prompt_files_of_one_name_keep_journals_of_their_own(run, inputs, tmp_path):
+    common = [
+        "--infer_steps",
+        "1",
+        "--video_size",
+        "64",
+        "64",
+        "--save_path",
+        tmp_path / "out",
+        "--output_type",
+        "latent",
+    ]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.txt").write_text(f"{folder} --d 1 --of default\n", encoding="utf-8")
+        assert run("--from_file", tmp_path / folder / "p.txt", *common) == 0
+    assert run("--from_file", tmp_path / "a" / "p.txt", "--resume_batch", *common) == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+def test_the_interactive_loop_checks_its_own_command_line(run, tmp_path, capsys):
+    for argv in (["--infer_steps", "0"], ["--one_frame_inference", "bogus"], ["--image_path", tmp_path / "nope.png"]):
+        assert run("--interactive", "--check", *argv, "--save_path", tmp_path / "out") == 2
+        assert capsys.readouterr().err.startswith(argv[0])
 
 
 def test_settings_of_another_program_are_refused(tmp_path):
@@ -264,12 +409,15 @@ def test_previews_of_one_flat_picture_stay_flat():
 def test_every_section_renews_the_preview(run, inputs, tmp_path, monkeypatch):
     sizes = []
     original = Preview.save
-    monkeypatch.setattr(Preview, "save", lambda *args: sizes.append(args[1].shape[1]) or original(*args))
+    monkeypatch.setattr(
+        Preview, "save", lambda *args, **named: sizes.append(args[1].shape[1]) or original(*args, **named)
+    )
     argv = ["--preview", "--seed", "1", "--output_type", "latent", "--save_path", tmp_path]
     assert run(*quick(inputs, video=True), *argv) == 0
     assert sizes == [1, 2]
     (preview,) = tmp_path.glob("*_1_preview.png")
     assert Image.open(preview).size == (2 * 128, 128)
+    assert json.loads(read_settings(preview, flag="x"))["request"]["seed"] == 1
 
 
 # Checks
