@@ -248,10 +248,12 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float, c
         if comment is not None:
             container.metadata["comment"] = comment
         stream = _h264_stream(container, width, height, fps)
-        for frame in chain([first], frames):
+        for index, frame in enumerate(chain([first], frames)):
             if frame.shape != (height, width, 3):
                 raise ValueError(f"a frame of shape {frame.shape} in a video of {(height, width, 3)}")
-            container.mux(stream.encode(_to_yuv(frame)))
+            picture = _to_yuv(frame)
+            picture.pts, picture.time_base = index, 1 / stream.average_rate
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
 
@@ -260,7 +262,7 @@ def _h264_stream(container, width: int, height: int, fps: float):
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     rate = Fraction(fps).limit_denominator(1001)
-    stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(CRF), "x264-params": "force-cfr=1"})
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
     context.thread_count = ENCODER_THREADS

@@ -44,3 +44,25 @@ def same_random_numbers() -> None:
     """Every test starts with the same state of torch's generator, whatever ran before it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def encoded_videos(monkeypatch: pytest.MonkeyPatch) -> "list[tuple[bytes, float, str | None]]":
+    """What every saved video was made of: frames, rate and comment, in order.
+
+    For equal input x264 gives equal bytes, but not always: of a thousand noisy 64x64 clips a few differ by some bytes.
+    So tests of repetition compare what the encoder is given.
+    """
+    import hashlib
+
+    import generation.outputs
+
+    seen: list[tuple[bytes, float, str | None]] = []
+    original = generation.outputs.write_video
+
+    def write_video(path, frames, *, fps, comment=None) -> None:
+        seen.append((hashlib.sha256(frames.tobytes()).digest(), fps, comment))
+        original(path, frames, fps=fps, comment=comment)
+
+    monkeypatch.setattr(generation.outputs, "write_video", write_video)
+    return seen
