@@ -51,6 +51,7 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
         logger.info("checked: %d latents, the VAE's header and the output folder are in order", len(saved))
         return 0
     vae = Resident("VAE", partial(compute.load_vae, checkpoint), compute.device, keep=False)
+    vae_fingerprint = fingerprint(checkpoint)
     with vae.use():
         for path, (latents, metadata) in zip(output.latent_path, saved, strict=True):
             window = stored_integer(metadata, "latent_window_size", flags.request.latent_window_size)
@@ -58,7 +59,7 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
             stem = unused_stem(Path(output.save_path), stored_integer(metadata, "seeds", 0))
             made = metadata.get(SETTINGS_KEY)
             fps = recorded_fps(made) or flags.request.fps if flags.request.fps == DEFAULT_FPS else flags.request.fps
-            now = settings_of_decoding(made, vae=fingerprint(checkpoint), compute=compute.recorded(), fps=fps)
+            now = settings_of_decoding(made, vae=vae_fingerprint, compute=compute.recorded(), fps=fps)
             settings = None if output.no_metadata else now
             save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=fps, settings=settings)
     return 0
