@@ -1,263 +1,36 @@
-"""Videos as a data set sees them: which frames make which crops, and the frames themselves at rate and size.
-
-Frames come as an iterator, because a minute of 960x544 is already 3 GB: `cut` holds only what its crops still need.
-"""
+"""Videos as a data set sees them: their size, rate and length, and their frames at the model's rate and size."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import count, islice, repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.files import existing_file
 from common.media import fit, image_size, open_image
+from dataset.rates import frame_copies, nearest_frames, resample_indices
+from dataset.sources import IMAGE_SUFFIXES
 from options.errors import UserError
-from options.geometry import FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 FLAG = "video"
 """What messages call the file when the caller has no better name for it."""
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"})
-"""The frames in a folder; anything else in it (`Thumbs.db`) is no frame."""
-SAME_RATE = Fraction(2, 1000)
-"""29.97 and 30 differ by half of this: one frame repeated in 1000 would be a stutter for a speed that nobody sees."""
 
-Mode = Literal["head", "chunk", "slide", "uniform", "full"]
 Size = tuple[int, int]
 SizeRule = Size | Callable[[Size], Size]
 """A size (width, height), or what makes one from the size of the first frame."""
-
-
-# ---- crops ----
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Crop:
-    """A stretch of consecutive frames."""
-
-    start: int
-    """The first frame, counted after the change of rate."""
-    length: int
-    """How many frames; 4n + 1."""
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropPlan:
-    """What is taken from a video, and what is not."""
-
-    crops: tuple[Crop, ...]
-    notes: tuple[str, ...]
-    """One line for everything that was left out, with the reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trim:
-    """A crop cut to whole FramePack sections."""
-
-    num_sections: int
-    """0 when the crop is too short for one."""
-    length: int
-    """Pixel frames that are used: 4 · sections · window + 1, or 0."""
-    note: str | None
-    """What was cut off, or why nothing is left; None when the crop fits exactly."""
-
-
-def whole_latents(num_frames: int) -> int:
-    """The largest 4n + 1 that is at most `num_frames`; 0 for no frames."""
-    return (num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1 if num_frames > 0 else 0
-
-
-def plan_crops(
-    num_frames: int,
-    *,
-    mode: Mode,
-    target_frames: Sequence[int] = (1,),
-    stride: int = 1,
-    sample: int = 1,
-    max_frames: int = 129,
-) -> CropPlan:
-    """The crops of a video of `num_frames` frames, for each length in ascending order; no frame is looked at.
-
-    Args:
-        target_frames: lengths, each cut to 4n + 1; `full` ignores them.
-        stride: `slide` only, frames from one start to the next.
-        sample: `uniform` only, starts per length; 1 is the head.
-        max_frames: `full` only, the greatest length.
-
-    Raises:
-        ValueError: an unknown mode, or a count below 1.
-    """
-    if min(stride, sample, max_frames, *target_frames) < 1:
-        raise ValueError(f"counts below 1: {target_frames=} {stride=} {sample=} {max_frames=}")
-    if num_frames < 1:
-        return CropPlan(crops=(), notes=("it has no frames",))
-    if mode == "full":
-        length = whole_latents(min(num_frames, max_frames))
-        return CropPlan(crops=(Crop(start=0, length=length),), notes=tuple(_unused(num_frames, length)))
-    found: list[Crop] = []
-    notes: list[str] = []
-    for length in sorted({whole_latents(frames) for frames in target_frames}):
-        if length > num_frames:
-            notes.append(f"no crop of {length} frames: there are only {num_frames}")
-            continue
-        starts = _starts(num_frames - length, length, mode, stride, sample)
-        found += [Crop(start=start, length=length) for start in dict.fromkeys(starts)]
-        notes += _left_out(starts, num_frames, length, mode)
-    return CropPlan(crops=tuple(found), notes=tuple(notes))
-
-
-def _starts(last: int, length: int, mode: str, stride: int, sample: int) -> list[int]:
-    """The first frames of all crops of one length, 0…`last`, with duplicates."""
-    match mode:
-        case "head":
-            return [0]
-        case "chunk":
-            return list(range(0, last + 1, length))
-        case "slide":
-            return list(range(0, last + 1, stride))
-        case "uniform":
-            return np.linspace(0, last, sample, dtype=int).tolist()
-    raise ValueError(f"no frame extraction is called {mode!r}")
-
-
-def _left_out(starts: list[int], num_frames: int, length: int, mode: str) -> Iterator[str]:
-    if duplicates := len(starts) - len(set(starts)):
-        yield f"{len(set(starts))} instead of {len(starts)} crops of {length} frames: {duplicates} would be equal"
-    if mode == "chunk":
-        yield from _unused(num_frames, starts[-1] + length, f" by chunks of {length}")
-
-
-def _unused(num_frames: int, used: int, why: str = "") -> Iterator[str]:
-    if used < num_frames:
-        yield f"{num_frames - used} of {num_frames} frames at the end are not used{why}"
-
-
-def trim(count: int, window: int) -> Trim:
-    """Cuts a crop of `count` frames to whole sections of `window` latent frames behind the first latent frame."""
-    num_sections = ((count - 1) // FRAMES_PER_LATENT) // window
-    section = FRAMES_PER_LATENT * window
-    if num_sections < 1:
-        note = f"{count} frames are too few for a section: a window of {window} needs {section + 1}"
-        return Trim(num_sections=0, length=0, note=note)
-    length = num_sections * section + 1
-    note = f"{count} frames cut to {length}, {num_sections} sections of {section}" if length < count else None
-    return Trim(num_sections=num_sections, length=length, note=note)
-
-
-def cut(frames: Iterable[np.ndarray], crops: Sequence[Crop]) -> Iterator[tuple[Crop, np.ndarray]]:
-    """Yields each crop with its frames, (F, H, W, 3) uint8, as soon as its last frame has come.
-
-    Frames that no later crop needs are let go. Crops whose end never comes are left out: the caller counts. Nothing is
-    read beyond the end of the last crop.
-    """
-    waiting = sorted(crops, key=lambda crop: (crop.end, crop.start))
-    held: dict[int, np.ndarray] = {}
-    stream = enumerate(frames)
-    while waiting:
-        try:
-            index, frame = next(stream)
-        except StopIteration:
-            return
-        held[index] = frame
-        while waiting and waiting[0].end == index + 1:
-            crop = waiting.pop(0)
-            yield crop, np.stack([held[i] for i in range(crop.start, crop.end)])
-        needed = min((crop.start for crop in waiting), default=index + 1)
-        for old in [i for i in held if i < needed]:
-            del held[old]
-
-
-# ---- rates ----
-
-
-def resample_indices(
-    num_source_frames: int, source_fps: float | Fraction, target_fps: float | Fraction
-) -> tuple[int, ...]:
-    """Which source frame is each frame of the target rate; faster sources lose frames, slower ones repeat them."""
-    copies = islice(_copies(source_fps, target_fps), num_source_frames)
-    return tuple(index for index, times in enumerate(copies) for _ in range(times))
-
-
-def _copies(source_fps: float | Fraction, target_fps: float | Fraction) -> Iterator[int]:
-    """How often each source frame is shown, without end.
-
-    A faster source follows the incumbent's accumulator, its rounding errors too, so that both choose the same frames.
-    A slower one shows at k / target what a player would show then: frame floor(k · source / target).
-
-    Raises:
-        ValueError: a rate that is not positive.
-    """
-    if source_fps <= 0 or target_fps <= 0:
-        raise ValueError(f"rates must be positive, got {source_fps} and {target_fps}")
-    ratio = Fraction(target_fps) / Fraction(source_fps)
-    if ratio < 1:
-        return _copies_dropping(float(target_fps) / float(source_fps))
-    return repeat(1) if ratio - 1 <= SAME_RATE else _copies_repeating(ratio)
-
-
-def _copies_dropping(step: float) -> Iterator[int]:
-    position, accepted = 0.0, -1
-    while True:
-        slot = int(position)
-        position += step
-        yield int(slot != accepted)
-        accepted = slot
-
-
-def _copies_repeating(ratio: Fraction) -> Iterator[int]:
-    shown = 0
-    for index in count(1):
-        next_shown = math.ceil(index * ratio)
-        yield next_shown - shown
-        shown = next_shown
-
-
-def _nearest(timed: Iterable[tuple[float, T]], tail: float, target_fps: float) -> Iterator[T]:
-    """Frames of any timing at an even rate: at each k / target the frame that begins nearest to it.
-
-    Args:
-        timed: (begin in seconds, frame).
-        tail: seconds that the last frame is shown.
-    """
-    origin: float | None = None
-    previous: tuple[float, T] | None = None
-    slot = 0
-    for begin, frame in timed:
-        origin = begin if origin is None else origin
-        if previous is not None:
-            middle = (previous[0] + begin) / 2 - origin
-            while slot / target_fps < middle:
-                yield previous[1]
-                slot += 1
-        previous = (begin, frame)
-    if previous is None:
-        return
-    end = previous[0] + tail - origin - 1e-6  # a slot that begins where the video ends is none
-    while slot == 0 or slot / target_fps < end:
-        yield previous[1]
-        slot += 1
-
-
-# ---- files ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +52,7 @@ class Timing:
             return self.num_frames
         if source is not None:
             return len(resample_indices(self.num_frames, source, target_fps))
-        return sum(1 for _ in _nearest(((begin, None) for begin in self.begins or ()), self.tail, target_fps))
+        return sum(1 for _ in nearest_frames(((begin, None) for begin in self.begins or ()), self.tail, target_fps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +121,7 @@ def read_frames(
 
 def _folder_frames(folder: Path, target_fps: float | None, source_fps: float | None, flag: str) -> Iterator[np.ndarray]:
     images = _images(folder, flag)
-    copies = repeat(1) if target_fps is None or source_fps is None else _copies(source_fps, target_fps)
+    copies = repeat(1) if target_fps is None or source_fps is None else frame_copies(source_fps, target_fps)
     for image, times in zip(images, copies, strict=False):
         if times:
             yield from repeat(np.asarray(open_image(image, flag=flag).convert("RGB")), times)
@@ -380,10 +153,10 @@ def _at_rate(
     """Drops and repeats decoded frames."""
     source = source_fps or (timing.fps if timing else None)
     if target_fps is not None and source is not None:
-        for frame, copies in zip(frames, _copies(source, target_fps), strict=False):
+        for frame, copies in zip(frames, frame_copies(source, target_fps), strict=False):
             yield from repeat(frame, copies)
     elif target_fps is not None and timing is not None and timing.begins is not None:
-        yield from _nearest(((frame.time, frame) for frame in frames), timing.tail, target_fps)
+        yield from nearest_frames(((frame.time, frame) for frame in frames), timing.tail, target_fps)
     else:
         yield from frames
 

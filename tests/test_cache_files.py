@@ -13,31 +13,33 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dataset import cache_files
+from dataset import fingerprints
 from dataset.cache_files import (
-    DTYPE_NAMES,
     FINGERPRINT_KEY,
     MISSING,
     NO_FINGERPRINT,
-    abandoned,
     cache_header,
+    latent_metadata,
+    read_cache,
+    staleness,
+    text_metadata,
+    write_cache,
+    write_text_cache,
+)
+from dataset.cache_names import (
+    DTYPE_NAMES,
+    abandoned,
     content_name,
     image_latent_path,
     key_name,
     latent_files,
-    latent_metadata,
     parse_latent_name,
     prunable,
-    read_cache,
-    source_identity,
     source_stem,
-    staleness,
-    text_metadata,
     text_path,
     video_latent_path,
-    write_cache,
-    write_text_cache,
 )
+from dataset.fingerprints import source_identity
 from options.errors import UserError
 
 STEMS = ["im_0", "a_b__c_", "写真 [1]", "v1.5", "x_0001x0002_fp", "_", "(a) {b} 100%"]
@@ -522,5 +524,5 @@ def test_file_is_hashed_once(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
     first = source_identity(path)
-    monkeypatch.setattr(cache_files.hashlib, "file_digest", None)
+    monkeypatch.setattr(fingerprints.hashlib, "file_digest", None)
     assert source_identity(path) == first

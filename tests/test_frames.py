@@ -10,16 +10,9 @@ import pytest
 from PIL import Image
 
 from common.media import fit, read_video, write_video
-from dataset.frames import (
-    Crop,
-    cut,
-    examine_video,
-    plan_crops,
-    read_frames,
-    resample_indices,
-    trim,
-    whole_latents,
-)
+from dataset.crops import Crop, cut, plan_crops, trim, whole_latents
+from dataset.frames import examine_video, read_frames
+from dataset.rates import resample_indices
 from options.errors import UserError
 
 STEP = 12

@@ -1,0 +1,43 @@
+"""What a cache depends on, and whether a cache file still belongs to its source and settings.
+
+The fingerprint is ours; the incumbent's files have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+Fingerprint = Mapping[str, str]
+"""Setting -> value, for everything that a cache depends on: source, caption, encode settings, encoder weights."""
+
+
+def source_identity(source: str | Path, name: str = "source") -> dict[str, str]:
+    """The part of a fingerprint that tells a source: its base name, its size in bytes and the hash of its content.
+
+    The content and not the time of change: copying, unpacking and syncing change times, and a week of caching must
+    survive that; a file that was replaced within one tick of the clock must not. Hashing is far cheaper than decoding.
+    """
+    source = Path(source)
+    files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
+    stats = [file.stat() for file in files]
+    hashes = [_content_hash(os.fspath(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)]
+    if source.is_dir():
+        listing = "\n".join(f"{digest} {file.name}" for digest, file in zip(hashes, files, strict=True))
+        hashes = [text_hash(listing)]
+    return {name: source.name, f"{name}_bytes": str(sum(s.st_size for s in stats)), f"{name}_sha256": hashes[0]}
+
+
+@cache
+def _content_hash(path: str, num_bytes: int, mtime_ns: int) -> str:
+    """Once for each state of a file in a process; size and time only notice that it changed meanwhile."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """For captions in fingerprints."""
+    return hashlib.sha256(text.encode()).hexdigest()
