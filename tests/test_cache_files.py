@@ -316,7 +316,7 @@ def test_cache_written_by_the_facts_alone_is_read(tmp_path):
 
 def test_header_is_read_without_the_tensors(tmp_path, monkeypatch):
     write_framepack(tmp_path / "a.safetensors")
-    monkeypatch.setattr(cache_files, "_read_keys", None)
+    monkeypatch.setattr("dataset.cache_files._read_keys", None)
     assert cache_header(tmp_path / "a.safetensors").shapes["latents"] == (16, 9, 28, 36)
 
 
@@ -400,7 +400,7 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def fail(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache_files, "sort_safetensors_metadata", fail)
+    monkeypatch.setattr("dataset.cache_files.sort_safetensors_metadata", fail)
     with pytest.raises(KeyboardInterrupt):
         write_framepack(tmp_path / "a.safetensors")
     assert names(tmp_path) == []

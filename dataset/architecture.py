@@ -1,0 +1,48 @@
+"""What the caching scripts and the training data set need to know of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from dataset.config import ImageDataset, VideoDataset
+from dataset.crops import Trim
+from dataset.fingerprints import Fingerprint
+from dataset.jobs import Sample
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class CacheRules(Protocol):
+    """How a model's latent caches are made and named, known without any weights."""
+
+    arch: str
+    """`fp` or `wan`, as in file names."""
+    fps: int
+    """The frame rate that videos are brought to."""
+    has_sections: bool
+    """Whether a crop becomes a file for each section."""
+
+    def check(self, dataset: ImageDataset | VideoDataset) -> None:
+        """Raises UserErrors when a data set cannot be cached for this model in this mode: another kind, no indices."""
+
+    def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
+        """All settings that decide the tensors of a data set's caches, beside sizes, frames and encoders."""
+
+    def trim(self, length: int, dataset: VideoDataset) -> Trim:
+        """What is used of a crop of `length` frames."""
+
+    def cells(self, sample: Sample) -> Sequence[tuple[str, Image.Image]]:
+        """What the model will see of a sample, as labelled pictures: one row of a contact sheet."""
+
+
+class LatentEncoder(Protocol):
+    """Makes cache tensors of samples; its models are on the device while it is used."""
+
+    def encode(self, samples: Sequence[Sample]) -> Sequence[Sequence[Mapping[str, torch.Tensor]]]:
+        """For each sample, for each of its unit's paths: content name -> CPU tensor in the type that is stored.
+
+        All samples have frames of one shape and the same number of controls. The main latent is called `latents`.
+        """
