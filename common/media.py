@@ -61,16 +61,32 @@ def check_image(path: str | Path, *, flag: str) -> None:
     open_image(path, flag=flag)
 
 
-def image_size(path: str | Path, *, flag: str) -> tuple[int, int]:
-    """(width, height) of the upright image, from the header: the pixels are not decoded.
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """What the header of an image says."""
+
+    size: tuple[int, int]
+    """(width, height) of the upright image."""
+    is_turned: bool
+    """Whether its EXIF orientation turns or mirrors the stored pixels."""
+
+
+def image_info(path: str | Path, *, flag: str) -> ImageInfo:
+    """Reads the header: the pixels are not decoded.
 
     Raises:
         UserError: nothing there, or not an image.
     """
     with _opened(path, flag) as image:
         width, height = _stored_size(image)
-        turned = _orientation(image, Path(path)) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+        orientation = _orientation(image, Path(path))
+    size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return ImageInfo(size=size, is_turned=orientation in range(2, 9))
+
+
+def image_size(path: str | Path, *, flag: str) -> tuple[int, int]:
+    """`image_info`'s size."""
+    return image_info(path, flag=flag).size
 
 
 def load_picture(path: str | Path, *, width: int, height: int, flag: str) -> Picture:

@@ -61,6 +61,20 @@ def contact_sheet(
     return sheet
 
 
+def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of sheets of any size; neighbours share their margin."""
+    width = max(sum(sheet.width - MARGIN for sheet in row) for row in rows) + MARGIN
+    whole = Image.new("RGB", (width, sum(max(sheet.height for sheet in row) for row in rows)), BACKGROUND)
+    top = 0
+    for row in rows:
+        left = 0
+        for sheet in row:
+            whole.paste(sheet, (left, top))
+            left += sheet.width - MARGIN
+        top += max(sheet.height for sheet in row)
+    return whole
+
+
 class _Row:
     """One row of cells: labels end on one line, pictures begin on the next."""
 

@@ -121,6 +121,14 @@ def prunable(folder: str | Path, arch: str, kept: Iterable[str | Path], *, text:
     return tuple(Path(folder) / name for name in names)
 
 
+def cached_stems(path: str | Path, arch: str) -> set[str]:
+    """The stems whose cache a file may be: of a picture, of a video's crop, of a text."""
+    path = Path(path)
+    found = (parse_latent_name(path, arch, video=video) for video in (True, False))
+    text = path.name.removesuffix(f"_{arch}_te.safetensors")
+    return {file.stem for file in found if file} | ({text} if text != path.name else set())
+
+
 def abandoned(folder: str | Path) -> tuple[Path, ...]:
     """Temporary files that killed processes left in `folder`. A process that is writing now has such files too."""
     pattern = re.compile(r"\..*\.[0-9a-f]{8}\.tmp\.safetensors", re.DOTALL)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,18 @@ def source_identity(source: str | Path, name: str = "source") -> dict[str, str]:
         listing = "\n".join(f"{digest} {file.name}" for digest, file in zip(hashes, files, strict=True))
         hashes = [text_hash(listing)]
     return {name: source.name, f"{name}_bytes": str(sum(s.st_size for s in stats)), f"{name}_sha256": hashes[0]}
+
+
+def files_identity(source: Path, controls: Sequence[Path] = ()) -> dict[str, str]:
+    """The identity of a source together with its control images, in their order.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    identity = source_identity(source)
+    for number, control in enumerate(controls):
+        identity |= source_identity(control, f"control_{number}")
+    return identity
 
 
 @cache

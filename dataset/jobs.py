@@ -1,4 +1,4 @@
-"""What is cached: a *job* is one source with its cache files, a *unit* what is encoded in one piece of it.
+"""What is cached: a *job* is one source with its cache files, a *unit* what is encoded of it in one piece.
 
 Jobs are known before anything is decoded, so that valid caches cost nothing and batches do not depend on timing.
 """
@@ -45,6 +45,24 @@ class Job:
     source_size: Size
     """(width, height) of the upright image or video itself."""
     units: tuple[Unit, ...]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All its cache files."""
+        return tuple(path for unit in self.units for path in unit.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextJob:
+    """One caption."""
+
+    item: MediaItem
+    path: Path
+    """Its cache file."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging as transformers_logging
 
 from common.media import read_video
-from common.sheets import BACKGROUND, MARGIN, contact_sheet
+from common.sheets import BACKGROUND, MARGIN, contact_sheet, tiled
 from demo.material import Material, write_material
 from demo.models import ModelPaths, build_models
 
@@ -148,20 +148,6 @@ def video_sheet(material: Material, run: Run) -> Image.Image:
     cells = [("start image", ImageOps.fit(Image.open(material.chelsea), VIDEO_SIZE[::-1]))]
     cells += [(f"frame {i} of {len(frames)}", Image.fromarray(frames[i])) for i in chosen]
     return contact_sheet(cells, columns=len(cells), title="Video")
-
-
-def tiled(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of sheets of any size; neighbours share their margin."""
-    width = max(sum(sheet.width - MARGIN for sheet in row) for row in rows) + MARGIN
-    whole = Image.new("RGB", (width, sum(max(sheet.height for sheet in row) for row in rows)), BACKGROUND)
-    top = 0
-    for row in rows:
-        left = 0
-        for sheet in row:
-            whole.paste(sheet, (left, top))
-            left += sheet.width - MARGIN
-        top += max(sheet.height for sheet in row)
-    return whole
 
 
 def heading(width: int) -> Image.Image:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from common.media import fit, load_mask, load_picture, mask_to_latent, to_model_range
+from common.media import fit, load_mask, load_picture, to_model_range
 from common.residency import Resident
 from frame_pack.context import apply_mask
 from frame_pack.image_encoder import encode_image
+from frame_pack.pictures import encode_pixels, latent_mask
 from generation.pipeline import Failure
-from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.text_encoders import encode_clip, encode_llama
 from options.geometry import VAE_STRIDE
 from options.request import GenerationRequest
@@ -243,10 +242,10 @@ def _image_latent(vae: Any, image: ImageInput) -> ImageLatent:
     else:
         picture = load_picture(image.path, width=image.width, height=image.height, flag="input image")
         pixels, alpha = to_model_range(picture.rgb), picture.alpha
-    latent = hunyuan_vae.encode(vae, torch.from_numpy(pixels).permute(2, 0, 1)[None, :, None]).cpu()
+    latent = encode_pixels(vae, pixels[None, None])
     levels = ((pixels + 1) * 127.5).round().astype(np.uint8)
     thumbnail = fit(levels, image.width // VAE_STRIDE, image.height // VAE_STRIDE) / 255
-    return ImageLatent(latent=latent, mask=_latent_mask(alpha), thumbnail=thumbnail)
+    return ImageLatent(latent=latent, mask=latent_mask(alpha), thumbnail=thumbnail)
 
 
 def _assemble(request: GenerationRequest, inputs: _Inputs, encoded: _Encoded) -> FramePackConditioning:
@@ -277,12 +276,4 @@ def _assemble(request: GenerationRequest, inputs: _Inputs, encoded: _Encoded) ->
 
 
 def _mask_file(path: str, request: GenerationRequest, flag: str) -> Tensor:
-    return _latent_mask(load_mask(path, width=request.width, height=request.height, flag=flag))
-
-
-def _latent_mask(mask: np.ndarray | None) -> Tensor | None:
-    """(H, W) uint8 → (h, w) in [0, 1]."""
-    if mask is None:
-        return None
-    height, width = mask.shape
-    return torch.from_numpy(mask_to_latent(mask, width // VAE_STRIDE, height // VAE_STRIDE))
+    return latent_mask(load_mask(path, width=request.width, height=request.height, flag=flag))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,9 +76,14 @@ def _build(checkpoint: Checkpoint) -> SiglipVisionModel:
     )
 
 
-@torch.no_grad()
 def encode_image(model: SiglipVisionModel, image: np.ndarray) -> Tensor:
-    """The last hidden state (729, 1152) of an image (H, W, 3) uint8 of any size, squeezed to 384 x 384.
+    """`encode_images` of one image (H, W, 3): (729, 1152)."""
+    return encode_images(model, [image])[0]
+
+
+@torch.no_grad()
+def encode_images(model: SiglipVisionModel, images: Sequence[np.ndarray]) -> Tensor:
+    """The last hidden states (B, 729, 1152) of images (H, W, 3) uint8 of any sizes, each squeezed to 384 x 384.
 
     Returns:
         In the model's type on its device.
@@ -86,5 +92,5 @@ def encode_image(model: SiglipVisionModel, image: np.ndarray) -> Tensor:
 
     size = model.config.image_size
     processor = SiglipImageProcessorPil(size={"height": size, "width": size})
-    pixels = processor(images=image, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-    return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state[0]
+    pixels = processor(images=list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state

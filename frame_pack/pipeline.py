@@ -38,9 +38,6 @@ from options.request import GenerationRequest
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo
 
-DEFAULT_TILE = 256
-"""Pixels per side with `--vae_tiling` alone."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
@@ -66,7 +63,7 @@ class Compute:
             device=device,
             transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=device),
             encoder_dtype=pick_dtype(None, on_gpu="float16", device=device),
-            vae_tile_size=flags.vae_spatial_tile_sample_min_size or (DEFAULT_TILE if flags.vae_tiling else None),
+            vae_tile_size=flags.tile_size,
             vae_chunk_size=flags.vae_chunk_size,
             bulk_decode=flags.bulk_decode,
         )

@@ -6,8 +6,7 @@ from functools import cache
 
 from common.files import check_writable_folder
 from common.media import check_image
-from options.errors import UserError
-from options.flags_generate import ComputeFlags, OutputFlags
+from options.flags_generate import OutputFlags
 from options.request import GenerationRequest
 
 
@@ -26,13 +25,3 @@ def _check_image_once(path: str, flag: str) -> None:
 def check_output(output: OutputFlags) -> None:
     """Raises UserError for an output folder that cannot be written."""
     check_writable_folder(output.save_path, flag="--save_path")
-
-
-def check_vae_memory(flags: ComputeFlags) -> None:
-    """Raises UserError for tile and chunk sizes that the VAE cannot use."""
-    tile, chunk = flags.vae_spatial_tile_sample_min_size, flags.vae_chunk_size
-    if tile is not None and (tile < 32 or tile % 32):
-        expected = "a positive multiple of 32"
-        raise UserError("--vae_spatial_tile_sample_min_size", tile, expected, f"use {max(32, tile // 32 * 32)}, say")
-    if chunk is not None and chunk < 0:
-        raise UserError("--vae_chunk_size", chunk, "a positive number of columns, or 0 for no chunks", "use 32, say")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from common.media import check_image, image_size
-from generation.check import check_output, check_vae_memory
+from generation.check import check_output
 from generation.interactive import console_reader, interact
 from generation.jobs import single_job
 from generation.pipeline import Pipeline
@@ -23,7 +23,7 @@ from generation.series import (
     warn_about_differences,
 )
 from generation.settings import Recorded
-from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags, check_vae_memory
 from options.prompt_line import PromptLine
 from options.request import check_flags, given_images
 

@@ -34,7 +34,7 @@ class UserError(Exception):
 class UserErrors(UserError):
     """Several of them at once, one line each: all bad lines of a file, say."""
 
-    def __init__(self, errors: Sequence[UserError]) -> None:
+    def __init__(self, errors: Sequence[UserError | str]) -> None:
         Exception.__init__(self, "\n".join(map(str, errors)))
 
 

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from options.errors import UserError
 from options.flag_fields import flag, later
+
+DEFAULT_TILE = 256
+"""Pixels per side with `--vae_tiling` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,21 @@ class OutputFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeFlags:
+class VaeMemoryFlags:
+    """How a VAE saves memory."""
+
+    vae_tiling: bool = flag("encode and decode in tiles of 256 pixels", default=False)
+    vae_spatial_tile_sample_min_size: int | None = flag("the same in tiles of this size, a multiple of 32")
+    vae_chunk_size: int | None = flag("convolve in chunks of this width: less memory, same result")
+
+    @property
+    def tile_size(self) -> int | None:
+        """Pixels per side of a tile; None is the whole picture."""
+        return self.vae_spatial_tile_sample_min_size or (DEFAULT_TILE if self.vae_tiling else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeFlags(VaeMemoryFlags):
     """Device, types and memory."""
 
     device: str | None = flag("torch device (default: cuda if there is one, else cpu)")
@@ -76,9 +94,6 @@ class ComputeFlags:
     attn_mode: Literal["flash", "torch", "sageattn", "xformers", "sdpa"] = flag(
         "attention; torch and sdpa are the same", default="torch", not_yet=("flash", "sageattn", "xformers")
     )
-    vae_tiling: bool = flag("encode and decode in tiles of 256 pixels", default=False)
-    vae_spatial_tile_sample_min_size: int | None = flag("the same in tiles of this size, a multiple of 32")
-    vae_chunk_size: int | None = flag("convolve in chunks of this width: less memory, same result")
     bulk_decode: bool = flag("decode a video in one piece", default=False)
     fp8: bool = later("fp8 transformer", default=False)
     fp8_scaled: bool = later("fp8 transformer with block scales", default=False)
@@ -103,3 +118,13 @@ class SeriesFlags:
     from_metadata: str | None = flag("run again what made this picture, video or latent")
     search_dir: str | None = flag("where --from_metadata looks for the input images, folders below included")
     check: bool = flag("check everything that needs no weights, then exit", default=False)
+
+
+def check_vae_memory(flags: VaeMemoryFlags) -> None:
+    """Raises UserError for tile and chunk sizes that the VAE cannot use."""
+    tile, chunk = flags.vae_spatial_tile_sample_min_size, flags.vae_chunk_size
+    if tile is not None and (tile < 32 or tile % 32):
+        expected = "a positive multiple of 32"
+        raise UserError("--vae_spatial_tile_sample_min_size", tile, expected, f"use {max(32, tile // 32 * 32)}, say")
+    if chunk is not None and chunk < 0:
+        raise UserError("--vae_chunk_size", chunk, "a positive number of columns, or 0 for no chunks", "use 32, say")

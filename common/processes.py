@@ -1,0 +1,76 @@
+"""The processes of one run, as `accelerate launch` or torchrun start them; one process is a run of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: shares are equal in number, not in time, and some videos are long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among its siblings."""
+
+    rank: int = 0
+    """Its number, from 0."""
+    world: int = 1
+    """How many there are."""
+    local_rank: int = 0
+    """Its number on this machine, and with it its GPU's."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, values: Sequence[T]) -> Sequence[T]:
+        """This process's part of `values`: every value belongs to exactly one process."""
+        return values[self.rank :: self.world]
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank, for everyone; waits until all have called it."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed
+
+        values: list[T | None] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def device_name(self, given: str | None) -> str | None:
+        """The device that was asked for; else this process's own GPU where there are several processes."""
+        if given is not None or self.world == 1:
+            return given
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            return "cpu"
+        import torch
+
+        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Joins the siblings that the launcher's environment variables tell of.
+
+    They exchange small Python objects only, so the connection is gloo's, on every system and device.
+    """
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world == 1:
+        yield Processes()
+        return
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Processes(
+            rank=torch.distributed.get_rank(), world=world, local_rank=int(os.environ.get("LOCAL_RANK") or 0)
+        )
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,93 @@
+"""Decoding and resizing, ahead of the encoder in worker processes when there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.media import load_picture
+from dataset.config import ImageDataset
+from dataset.crops import Crop, cut
+from dataset.fingerprints import files_identity
+from dataset.frames import read_frames
+from dataset.jobs import Job, Sample, Unit
+from dataset.planning import Failure
+from options.errors import UserError
+
+NUM_AHEAD = {True: 4, False: 1}
+"""Samples that each worker may have ready, by whether they are images: a clip may be hundreds of megabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotLoaded:
+    """Units of a job that could not be read."""
+
+    units: tuple[Unit, ...]
+    failure: Failure
+
+
+def load_samples(jobs: Sequence[Job], *, fps: int, num_workers: int) -> Iterator[Sample | NotLoaded]:
+    """The pixels of all units, job by job; workers take turns, so that the order does not depend on time.
+
+    Args:
+        fps: the frame rate of videos.
+        num_workers: processes that decode ahead; 0 decodes here, when asked.
+    """
+    num_workers = min(num_workers, len(jobs))
+    if num_workers < 1:
+        yield from read_jobs(jobs, fps)
+        return
+    from dataset.workers import loader
+
+    is_image = isinstance(jobs[0].dataset, ImageDataset)
+    yield from loader(jobs, fps=fps, num_workers=num_workers, num_ahead=NUM_AHEAD[is_image])
+
+
+def read_jobs(jobs: Sequence[Job], fps: int) -> Iterator[Sample | NotLoaded]:
+    """Reads in this process."""
+    for job in jobs:
+        left = list(job.units)
+        try:
+            for sample in _read(job, fps):
+                left.remove(sample.unit)
+                yield sample
+            if left:
+                got, expected = f"fewer frames than the file announces: {len(left)} clips are not whole", "whole clips"
+                raise UserError(str(job.item.path), got, expected, "the video is cut off: repair or shorten it")
+        except Exception as error:  # whatever is wrong with one source does not concern the others
+            yield NotLoaded(units=tuple(left), failure=Failure.of(job.item, error))
+
+
+def _read(job: Job, fps: int) -> Iterator[Sample]:
+    identity = files_identity(job.item.path, job.item.control_paths)
+    if not isinstance(job.dataset, ImageDataset):
+        for unit, frames in _clips(job, fps):
+            yield Sample(job=job, unit=unit, frames=frames, controls=(), identity=identity)
+        return
+    width, height = job.size
+    target, *controls = (
+        load_picture(path, width=width, height=height, flag=str(path))
+        for path in (job.item.path, *job.item.control_paths)
+    )
+    (unit,) = job.units
+    yield Sample(job=job, unit=unit, frames=target.rgb[None], controls=tuple(controls), identity=identity)
+
+
+def _clips(job: Job, fps: int) -> Iterator[tuple[Unit, np.ndarray]]:
+    """Each unit with its frames, in the order in which they end."""
+    waiting: dict[Crop, list[Unit]] = {}
+    for unit in job.units:
+        waiting.setdefault(Crop(start=unit.crop.start, length=unit.num_frames), []).append(unit)
+    frames = read_frames(
+        job.item.path,
+        size=job.size,
+        limit=max(crop.end for crop in waiting),
+        target_fps=fps,
+        source_fps=job.dataset.source_fps,
+        flag=str(job.item.path),
+    )
+    for crop, clip in cut(frames, list(waiting)):
+        for unit in waiting[crop]:
+            yield unit, clip
