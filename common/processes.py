@@ -45,11 +45,13 @@ class Processes:
         return values
 
     def device_name(self, given: str | None) -> str | None:
-        """The device that was asked for; else this process's own GPU where there are several processes."""
-        if given is not None or self.world == 1:
+        """What was asked for; else the CPU with `accelerate launch --cpu`; else, of several processes, each its own GPU."""
+        if given is not None:
             return given
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             return "cpu"
+        if self.world == 1:
+            return None
         import torch
 
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None

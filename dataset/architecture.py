@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from dataset.cache_files import CacheHeader
 from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Trim
 from dataset.fingerprints import Fingerprint
@@ -33,6 +34,22 @@ class CacheRules(Protocol):
 
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         """What is used of a crop of `length` frames."""
+
+    def complaint(
+        self, header: CacheHeader, indices: Mapping[str, torch.Tensor], dataset: ImageDataset | VideoDataset
+    ) -> str | None:
+        """What in a latent cache without a fingerprint (the incumbent's) contradicts `settings(dataset)`; else None.
+
+        Training asks this for what nothing but the tensors can tell, such as one frame or sections, the number of
+        controls, where they stand. Rules without this method accept every such file.
+
+        Args:
+            header: names, shapes and types of everything in the file.
+            indices: the contents that end with `_indices`.
+
+        Returns:
+            Both sides in one phrase: "target_index is 9 in the cache, 1 now".
+        """
 
     def cells(self, sample: Sample) -> Sequence[tuple[str, Image.Image]]:
         """What the model will see of a sample, as labelled pictures: one row of a contact sheet."""

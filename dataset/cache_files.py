@@ -66,8 +66,11 @@ def staleness(path: str | Path, expected: Fingerprint) -> str | None:
         stored = cache_header(path).fingerprint
     except UserError as error:
         return error.complaint
-    if stored is None:
-        return NO_FINGERPRINT
+    return NO_FINGERPRINT if stored is None else difference(stored, expected)
+
+
+def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
+    """The first setting of `expected` that a cache was not made with, and both values; None when there is none."""
     for setting in sorted(expected):
         if stored.get(setting) != expected[setting]:
             return f"{setting} is {stored.get(setting, 'not recorded')} in the cache, {expected[setting]} now"
@@ -131,6 +134,19 @@ def read_cache(path: str | Path) -> dict[str, torch.Tensor]:
     """
     stored = _read_keys(path)
     return {content: stored[key] for content, key in _by_content(path, stored).items()}
+
+
+def read_indices(path: str | Path, header: CacheHeader) -> dict[str, torch.Tensor]:
+    """The small tensors of a file that say where its frames stand on the time axis; no other is read.
+
+    Raises:
+        UserError: as `cache_header`.
+    """
+    from safetensors import safe_open
+
+    keys = {content: key for content, key in header.keys.items() if content.endswith("_indices")}
+    with _cache_at(path), safe_open(os.fspath(path), framework="pt") as file:
+        return {content: file.get_tensor(key) for content, key in keys.items()}
 
 
 def _read_keys(path: str | Path) -> dict[str, torch.Tensor]:

@@ -75,7 +75,16 @@ def video_latent_path(
 
 def text_path(folder: str | Path, source: str | Path, arch: str) -> Path:
     """`im_0_fp_te.safetensors`: one for each source, not for each crop."""
-    return Path(folder) / f"{source_stem(source)}_{arch}_te.safetensors"
+    return _text_path(folder, source_stem(source), arch)
+
+
+def text_path_of(latents: LatentFile, arch: str) -> Path:
+    """The text cache that goes with a latent cache."""
+    return _text_path(latents.path.parent, latents.stem, arch)
+
+
+def _text_path(folder: str | Path, stem: str, arch: str) -> Path:
+    return Path(folder) / f"{stem}_{arch}_te.safetensors"
 
 
 def _latent_path(folder: str | Path, base: str, size: tuple[int, int], arch: str) -> Path:
@@ -114,10 +123,10 @@ def prunable(folder: str | Path, arch: str, kept: Iterable[str | Path], *, text:
     Args:
         text: text caches only; else latent caches only. Any other file, such as a LoRA that ends with `_fp`, is safe.
     """
-    keep = {_comparable(Path(path).name) for path in kept}
+    keep = {comparable(Path(path).name) for path in kept}
     size = "" if text else r"_\d{4,}x\d{4,}"
     pattern = re.compile(rf".+{size}_{re.escape(arch)}{'_te' if text else ''}\.safetensors", re.DOTALL | re.ASCII)
-    names = (name for name in _file_names(folder) if pattern.fullmatch(name) and _comparable(name) not in keep)
+    names = (name for name in _file_names(folder) if pattern.fullmatch(name) and comparable(name) not in keep)
     return tuple(Path(folder) / name for name in names)
 
 
@@ -143,7 +152,8 @@ def _file_names(folder: str | Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_file())
 
 
-def _comparable(name: str) -> str:
+def comparable(name: str) -> str:
+    """One spelling for all that name one file."""
     # A Mac may give a name back in another Unicode form than it was written in, Windows in another case.
     return os.path.normcase(unicodedata.normalize("NFC", name))
 

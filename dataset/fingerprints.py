@@ -15,31 +15,37 @@ Fingerprint = Mapping[str, str]
 """Setting -> value, for everything that a cache depends on: source, caption, encode settings, encoder weights."""
 
 
-def source_identity(source: str | Path, name: str = "source") -> dict[str, str]:
+def source_identity(source: str | Path, name: str = "source", *, hashed: bool = True) -> dict[str, str]:
     """The part of a fingerprint that tells a source: its base name, its size in bytes and the hash of its content.
 
     The content and not the time of change: copying, unpacking and syncing change times, and a week of caching must
     survive that; a file that was replaced within one tick of the clock must not. Hashing is far cheaper than decoding.
+
+    Args:
+        hashed: without the hash nothing is read, and a file of the same name and size is taken for the same.
     """
     source = Path(source)
     files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
     stats = [file.stat() for file in files]
+    identity = {name: source.name, f"{name}_bytes": str(sum(s.st_size for s in stats))}
+    if not hashed:
+        return identity
     hashes = [_content_hash(os.fspath(f), s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)]
     if source.is_dir():
         listing = "\n".join(f"{digest} {file.name}" for digest, file in zip(hashes, files, strict=True))
         hashes = [text_hash(listing)]
-    return {name: source.name, f"{name}_bytes": str(sum(s.st_size for s in stats)), f"{name}_sha256": hashes[0]}
+    return identity | {f"{name}_sha256": hashes[0]}
 
 
-def files_identity(source: Path, controls: Sequence[Path] = ()) -> dict[str, str]:
+def files_identity(source: Path, controls: Sequence[Path] = (), *, hashed: bool = True) -> dict[str, str]:
     """The identity of a source together with its control images, in their order.
 
     Raises:
         OSError: a file cannot be read.
     """
-    identity = source_identity(source)
+    identity = source_identity(source, hashed=hashed)
     for number, control in enumerate(controls):
-        identity |= source_identity(control, f"control_{number}")
+        identity |= source_identity(control, f"control_{number}", hashed=hashed)
     return identity
 
 

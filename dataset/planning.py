@@ -122,10 +122,11 @@ class _Planner:
         return pick_bucket(size, chosen.resolution, enabled=chosen.enable_bucket, no_upscale=chosen.bucket_no_upscale)
 
     def _image(self, item: MediaItem) -> Job:
-        info = image_info(item.path, flag=str(item.path))
-        for path, name in [(item.path, ""), *((path, f"control image {path.name}, ") for path in item.control_paths)]:
-            if (info if path == item.path else image_info(path, flag=str(path))).is_turned:
-                self.notes.append(f"{item.where}: {name}turned upright by its EXIF orientation")
+        info, *controls = [image_info(path, flag=str(path)) for path in (item.path, *item.control_paths)]
+        turned = [item.path.name] if info.is_turned else []
+        turned += [path.name for path, c in zip(item.control_paths, controls, strict=True) if c.is_turned]
+        if turned:
+            self.notes.append(f"{item.where}: turned upright by EXIF orientation: {', '.join(turned)}")
         size = self._bucket(info.size)
         settings = self.settings | {"size": _x(size), "source_size": _x(info.size)}
         path = image_latent_path(self.dataset.cache_directory, item.path, info.size, self.rules.arch)

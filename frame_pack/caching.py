@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from dataset.cache_files import CacheHeader
 from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Trim, trim, whole_latents
 from dataset.fingerprints import Fingerprint
@@ -71,6 +72,19 @@ class FramePackCacheRules:
 
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         return trim(length, self.window_of(dataset))
+
+    def complaint(
+        self, header: CacheHeader, indices: Mapping[str, Tensor], dataset: ImageDataset | VideoDataset
+    ) -> str | None:
+        from frame_pack.cache_evidence import settings_shown
+
+        if not {"latent_indices", "clean_latent_indices"} <= indices.keys():
+            return "it has no FramePack indices"
+        num_controls = dataset.num_controls if isinstance(dataset, ImageDataset) else 0
+        shown = settings_shown(frozenset(header.keys), indices, num_controls=num_controls)
+        expected = self.settings(dataset)
+        differing = (name for name in shown if expected.get(name) != shown[name])
+        return next((f"{name} is {shown[name]} in the cache, {expected.get(name)} now" for name in differing), None)
 
     def cells(self, sample: Sample) -> Sequence[tuple[str, Image.Image]]:
         from frame_pack.cache_preview import one_frame_cells, section_cells
