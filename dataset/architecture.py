@@ -10,6 +10,7 @@ from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Trim
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Sample
+from dataset.sources import MediaItem
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,9 @@ class CacheRules(Protocol):
 
     def check(self, dataset: ImageDataset | VideoDataset) -> None:
         """Raises UserErrors when a data set cannot be cached for this model in this mode: another kind, no indices."""
+
+    def check_item(self, item: MediaItem, dataset: ImageDataset | VideoDataset) -> None:
+        """Raises UserError when an item lacks what this mode needs."""
 
     def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
         """All settings that decide the tensors of a data set's caches, beside sizes, frames and encoders."""

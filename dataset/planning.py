@@ -113,8 +113,9 @@ class _Planner:
         """None when there is nothing to encode in a video.
 
         Raises:
-            UserError: its header cannot be read.
+            UserError: its header cannot be read, or something that belongs to it is missing.
         """
+        self.rules.check_item(item, self.dataset)
         return self._image(item) if isinstance(self.dataset, ImageDataset) else self._video(item)
 
     def _bucket(self, size: Size) -> Size:
@@ -172,6 +173,9 @@ class _Planner:
         given = self.dataset.source_fps
         info = examine_video(item.path, flag=str(item.path))
         length = info.timing.length(target_fps=self.rules.fps, source_fps=given)
+        if info.timing.num_frames < info.num_announced:
+            there = f"{info.timing.num_frames} of the {info.num_announced} frames that its header names are there"
+            self.trimmed.append(f"{item.where}: {there}: the file may be cut off")
         if length != info.timing.num_frames:
             source = given or info.timing.fps
             rate = f"{float(source):.6g}" if source else "a variable number of"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,12 +90,25 @@ def _debug(
     from dataset.planning import plan_latents
     from dataset.preview import write_debug_files
 
+    _check_debug_folders(config)
     plan = partial(plan_latents, rules=rules, reuse=False)
     plans = plan_all(config, plan, strict=flags.cache.strict, processes=processes)
     plans = [replace(plan, jobs=tuple(processes.share(plan.jobs))) for plan in plans]
     videos, workers = flags.preview.debug_mode == "video", flags.cache.workers
     write_debug_files(plans, rules, videos=videos, num_workers=workers)
     return int(any(plan.failures for plan in plans))
+
+
+def _check_debug_folders(config: DatasetConfig) -> None:
+    """Raises UserError where the pictures would become images of the data set itself."""
+    for dataset in config.datasets:
+        keys = ("image_directory", "video_directory", "control_directory")
+        sources = [folder for key in keys if (folder := getattr(dataset, key, None))]
+        if any(os.path.realpath(dataset.cache_directory) == os.path.realpath(folder) for folder in sources):
+            where = f"{dataset.where} cache_directory"
+            raise UserError(
+                where, dataset.cache_directory, "another folder than the sources'", "--debug_mode writes there"
+            )
 
 
 def _encode(

@@ -67,13 +67,13 @@ def section_cells(sample: Sample, *, window: int, f1: bool) -> list[Cell]:
     contexts = clip_contexts(numbers, window=window, f1=f1)
     per_section = min(max((MAX_CELLS - 1) // len(contexts), 1), MAX_FRAMES_PER_SECTION)
     start = f"start @ {_span(contexts[0].clean.indices[0, :1])}, seen by SigLIP too"
-    cells = [(f"{start}; {len(sample.frames)} frames, {len(contexts)} sections", Image.fromarray(sample.frames[0]))]
+    cells = [(f"{start}; frames: {len(sample.frames)}, sections: {len(contexts)}", Image.fromarray(sample.frames[0]))]
     for section in _spread(0, len(contexts) - 1, min(len(contexts), MAX_CELLS - 1)):
         first, last = section * window * FRAMES_PER_LATENT + 1, (section + 1) * window * FRAMES_PER_LATENT
         for frame in _spread(first, last, per_section):
             label = f"section {section}, frame {frame}"
             if frame == first:
-                label = f"section {section}: {_section_places(contexts[section], f1)}"
+                label += f": {_section_places(contexts[section], f1)}"
             cells.append((label, Image.fromarray(sample.frames[frame])))
     return cells
 

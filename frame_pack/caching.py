@@ -11,9 +11,10 @@ import numpy as np
 
 from dataset.cache_files import CacheHeader
 from dataset.config import ImageDataset, VideoDataset
-from dataset.crops import Trim, trim, whole_latents
+from dataset.crops import Trim, trim
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Sample
+from dataset.sources import MediaItem
 from options.errors import UserError, UserErrors
 from options.geometry import FRAMEPACK_FPS, FRAMES_PER_LATENT
 from options.one_frame import OneFrameOptions
@@ -54,6 +55,13 @@ class FramePackCacheRules:
         for remark in self._remarks(dataset):
             logger.warning("%s %s", dataset.where, remark)
 
+    def check_item(self, item: MediaItem, dataset: ImageDataset | VideoDataset) -> None:
+        """Raises UserError for an image without a control for each index: no line of a JSONL file may name any."""
+        count, wanted = len(item.control_paths), dataset.num_controls if isinstance(dataset, ImageDataset) else None
+        if wanted is not None and count != wanted:
+            expected = f"{wanted}, one for each of fp_1f_clean_indices"
+            raise UserError(item.where, f"{count} control images", expected, "add control_path to its line")
+
     def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
         """Only what has an effect in this mode, so that nothing else makes a cache stale."""
         common = {"mode": self.mode, "window": str(self.window_of(dataset))}
@@ -93,7 +101,6 @@ class FramePackCacheRules:
         window = self.window_of(dataset)
         if isinstance(dataset, VideoDataset):
             return section_cells(sample, window=window, f1=self.mode == "f1")
-        check_controls(sample)
         return one_frame_cells(
             sample, self.one_frame_options(dataset), window=window, embedding_source=embedding_source(dataset)
         )
@@ -121,7 +128,7 @@ class FramePackCacheRules:
         window = self.window_of(dataset)
         full = dataset.frame_extraction == "full"
         key, lengths = ("max_frames", (dataset.max_frames,)) if full else ("target_frames", dataset.target_frames)
-        if not any(self.trim(whole_latents(length), dataset).num_sections for length in lengths):
+        if not any(self.trim(length, dataset).num_sections for length in lengths):
             shortest = FRAMES_PER_LATENT * window + 1
             expected = f"at least {shortest} frames, which is one section of {window} latent frames and the first frame"
             remedy = f"write {key} = {shortest if full else [shortest]}, say, or a smaller fp_latent_window_size"
@@ -163,14 +170,6 @@ def embedding_source(dataset: ImageDataset) -> int | None:
     return {"target": None, "control": 0}.get(source, source)
 
 
-def check_controls(sample: Sample) -> None:
-    """Raises UserError unless an item has a control image for each index; no line of a JSONL file may name any."""
-    count, wanted = len(sample.controls), sample.job.dataset.num_controls
-    if count != wanted:
-        expected = f"{wanted}, one for each of fp_1f_clean_indices"
-        raise UserError(sample.job.item.where, f"{count} control images", expected, "add control_path to its line")
-
-
 class FramePackLatentEncoder:
     """See `dataset.architecture.LatentEncoder`. Each role's pictures of a batch go through a model together."""
 
@@ -180,11 +179,7 @@ class FramePackLatentEncoder:
         self._rules, self._vae, self._siglip = rules, vae, siglip
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Mapping[str, Tensor]]]:
-        """As the protocol says, latents in float16.
-
-        Raises:
-            UserError: an item without its control images.
-        """
+        """As the protocol says, latents in float16."""
         return self._one_frame(samples) if self._rules.mode == "one_frame" else self._sections(samples)
 
     def _one_frame(self, samples: Sequence[Sample]) -> list[list[Mapping[str, Tensor]]]:
@@ -193,8 +188,6 @@ class FramePackLatentEncoder:
         from frame_pack.image_encoder import encode_images
         from frame_pack.pictures import encode_clips, encode_pictures, latent_mask
 
-        for sample in samples:
-            check_controls(sample)
         targets = encode_clips(self._vae, np.stack([sample.frames for sample in samples]))
         roles = zip(*(sample.controls for sample in samples), strict=True)
         controls = [encode_pictures(self._vae, [picture.rgb for picture in role]) for role in roles]

@@ -9,8 +9,9 @@ import pytest
 
 from dataset.config import ImageDataset, VideoDataset
 from dataset.fingerprints import Fingerprint
+from dataset.sources import MediaItem
 from frame_pack.caching import FramePackCacheRules
-from options.errors import UserErrors
+from options.errors import UserError, UserErrors
 
 ONE_FRAME = FramePackCacheRules(mode="one_frame")
 SECTIONS = FramePackCacheRules(mode="sections")
@@ -180,6 +181,15 @@ def test_names_and_rate_are_those_of_framepack() -> None:
 
 
 def test_data_sets_are_checked_before_torch_is_loaded(repository: Path) -> None:
-    code = "import sys, frame_pack.caching; print([name for name in ('torch', 'PIL.Image') if name in sys.modules])"
+    code = "import sys, frame_pack.caching; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
-    assert "torch" not in ran.stdout
+    assert ran.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_item_without_a_control_image_for_each_index_is_refused(number: int) -> None:
+    controls = tuple(Path(f"{i}.png") for i in range(number))
+    item = MediaItem(where="画像.jsonl line 1", path=Path("猫.png"), caption="", control_paths=controls)
+    with pytest.raises(UserError, match=rf"^画像\.jsonl line 1: got {number} control images; expected 2, one for each"):
+        ONE_FRAME.check_item(item, images())
+    SECTIONS.check_item(item, videos())

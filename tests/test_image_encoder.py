@@ -95,6 +95,16 @@ def test_any_size(siglip, tmp_path: Path, size: tuple[int, int]) -> None:
     assert_close(ours.encode_image(load(with_prefix(tmp_path, siglip)), image), wanted_features(siglip, image))
 
 
+def test_images_of_several_sizes_in_one_batch(siglip, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    images = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((64, 48), (400, 200), (384, 384))]
+    model = load(with_prefix(tmp_path, siglip))
+    together = ours.encode_images(model, images)
+    assert together.shape == (3, 729, 72) and not together.requires_grad
+    for features, image in zip(together, images, strict=True):
+        assert_close(features, wanted_features(siglip, image))
+
+
 def test_black(siglip, tmp_path: Path) -> None:
     image = np.zeros((64, 48, 3), dtype=np.uint8)
     assert_close(ours.encode_image(load(with_prefix(tmp_path, siglip)), image), wanted_features(siglip, image))
