@@ -45,7 +45,7 @@ class Processes:
         return values
 
     def device_name(self, given: str | None) -> str | None:
-        """What was asked for; else the CPU with `accelerate launch --cpu`; else, of several processes, each its own GPU."""
+        """What was asked for; else the CPU with `accelerate launch --cpu`; else each of several processes its own GPU."""
         if given is not None:
             return given
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):

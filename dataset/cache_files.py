@@ -253,14 +253,15 @@ def _keyed(
     main_shape = tuple(main.shape[-3:]) if main is not None else None
     keyed = {}
     for content, tensor in tensors.items():
-        _check_finite(path, content, tensor)
+        check_finite(path, content, tensor)
         named = main if main is not None and tensor.is_floating_point() else tensor
         dtype = str(named.dtype).removeprefix("torch.")
         keyed[key_name(content, dtype, main_shape=main_shape, varlen=content in varlen)] = tensor
     return keyed
 
 
-def _check_finite(path: str | Path, content: str, tensor: torch.Tensor) -> None:
+def check_finite(path: str | Path, content: str, tensor: torch.Tensor) -> None:
+    """Raises UserError for a NaN or an infinity."""
     if not tensor.is_floating_point():
         return
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no float8

@@ -125,6 +125,7 @@ def finish(
         pruned, notes = ([], []) if options.keep_cache else _prune(outcome.plan, tally, arch, text=text)
         for line in report_lines(outcome.plan, tally, what=what, pruned=pruned, notes=notes):
             logger.info("%s", line)
+    processes.gather(None)  # a launcher ends the others when the first one leaves with an error
     return int(any(o.plan.failures or tally.failures for o, tally in zip(outcomes, gathered, strict=True)))
 
 

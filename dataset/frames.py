@@ -62,6 +62,8 @@ class VideoInfo:
     size: Size
     """(width, height) of the first frame, upright."""
     timing: Timing
+    num_announced: int = 0
+    """Frames that the header names, where it does: more than there are when the file is cut off."""
 
 
 def examine_video(path: str | Path, *, flag: str = FLAG) -> VideoInfo:
@@ -76,10 +78,10 @@ def examine_video(path: str | Path, *, flag: str = FLAG) -> VideoInfo:
         timing = Timing(num_frames=len(images), fps=None, begins=None, tail=0)
         return VideoInfo(size=image_size(images[0], flag=flag), timing=timing)
     with _opened(path, flag) as container:
-        timing = _timing(container)
+        timing, num_announced = _timing(container), container.streams.video[0].frames
     with _opened(path, flag) as container:
         height, width = _upright(next(_decoded(container, path, flag))).shape[:2]
-    return VideoInfo(size=(width, height), timing=timing)
+    return VideoInfo(size=(width, height), timing=timing, num_announced=num_announced)
 
 
 def read_frames(

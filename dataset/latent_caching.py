@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from common.processes import Processes
 from dataset.architecture import CacheRules, LatentEncoder
 from dataset.batching import Batches
-from dataset.cache_files import latent_metadata, write_cache
+from dataset.cache_files import check_finite, latent_metadata, write_cache
 from dataset.caching import CachingOptions, Outcome, finish, full_disk, plan_all
 from dataset.config import DatasetConfig, ImageDataset
 from dataset.fingerprints import Fingerprint
@@ -30,6 +30,8 @@ class Preview:
     """Sheets to look at while the encoder works."""
 
     folder: str
+    name: str
+    """What their names begin with."""
     max_items: int
     """Of each data set; 0 is all."""
 
@@ -64,7 +66,7 @@ def cache_latents(
     plans = plan_all(config, plan, strict=options.strict, processes=processes)
     outcomes = [Outcome(plan, options) for plan in plans]
     if preview and processes.is_main:
-        write_previews(plans, rules, preview.folder, max_items=preview.max_items, num_workers=options.num_workers)
+        write_previews(plans, rules, **vars(preview), num_workers=options.num_workers)
     with ExitStack() as stack, logging_redirect_tqdm():
         encoder: LatentEncoder | None = None
         for outcome in outcomes:
@@ -145,6 +147,9 @@ def _write(sample: Sample, files: Sequence, arch: str, encoders: Fingerprint, ou
     count = unit.crop and unit.crop.length
     metadata = latent_metadata(arch, size, fingerprint, frame_count=count)
     try:
+        for path, tensors in zip(unit.paths, files, strict=True):
+            for content, tensor in tensors.items():  # of all sections before the first is written
+                check_finite(path, content, tensor)
         for path, tensors in zip(unit.paths, files, strict=True):
             write_cache(path, tensors, main="latents", metadata=metadata)
     except UserError as error:

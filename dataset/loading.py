@@ -29,7 +29,7 @@ class NotLoaded:
 
 
 def load_samples(jobs: Sequence[Job], *, fps: int, num_workers: int) -> Iterator[Sample | NotLoaded]:
-    """The pixels of all units, job by job; workers take turns, so that the order does not depend on time.
+    """The pixels of all units, job by job in their order, however many workers there are.
 
     Args:
         fps: the frame rate of videos.
@@ -39,10 +39,10 @@ def load_samples(jobs: Sequence[Job], *, fps: int, num_workers: int) -> Iterator
     if num_workers < 1:
         yield from read_jobs(jobs, fps)
         return
-    from dataset.workers import loader
+    from dataset.workers import load_ahead
 
     is_image = isinstance(jobs[0].dataset, ImageDataset)
-    yield from loader(jobs, fps=fps, num_workers=num_workers, num_ahead=NUM_AHEAD[is_image])
+    yield from load_ahead(jobs, fps=fps, num_workers=num_workers, num_ahead=NUM_AHEAD[is_image])
 
 
 def read_jobs(jobs: Sequence[Job], fps: int) -> Iterator[Sample | NotLoaded]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
@@ -16,37 +19,42 @@ from dataset.architecture import CacheRules
 from dataset.config import ImageDataset
 from dataset.jobs import Job, Sample
 from dataset.loading import NotLoaded, load_samples
-from dataset.planning import Plan
+from dataset.planning import Failure, Plan
+from dataset.sources import files_in
+from options.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CELL_WIDTH = 192
 ITEMS_PER_SHEET = 8
 
 
 def write_previews(
-    plans: Sequence[Plan], rules: CacheRules, folder: str | Path, *, max_items: int, num_workers: int
+    plans: Sequence[Plan], rules: CacheRules, folder: str | Path, *, name: str, max_items: int, num_workers: int
 ) -> list[Path]:
     """Writes sheets of some items of each data set, each item with its caption, its pictures and their places.
 
     Args:
+        name: what the sheets' names begin with; earlier ones of that name are removed.
         max_items: of each data set, evenly spread over it; 0 is all.
 
     Returns:
-        The sheets: `{data set}_{sheet}.png`, counted from 1.
+        The sheets: `{name}_{data set}_{sheet}.png`, counted from 1.
     """
+    for old in files_in(folder, [".png"]) if os.path.isdir(folder) else ():
+        if re.fullmatch(rf"{re.escape(name)}_\d\d+_\d{{3,}}", old.stem):
+            old.unlink()
     written = []
     for number, plan in enumerate(plans, start=1):
         jobs = _spread(sorted(plan.jobs, key=lambda job: job.item.where), max_items)
         samples = _loaded(jobs, rules, num_workers, f"preview of {plan.dataset.where}")
-        for sheet, group in enumerate(_groups(samples, ITEMS_PER_SHEET), start=1):
-            path = Path(folder) / f"{number:02d}_{sheet:03d}.png"
-            picture = tiled([[_drawn(sample, rules)] for sample in group])
-            with atomic_file(path) as temporary:
-                picture.save(temporary)
+        for sheet, group in enumerate(_groups(_drawn(samples, rules), ITEMS_PER_SHEET), start=1):
+            path = Path(folder) / f"{name}_{number:02d}_{sheet:03d}.png"
+            _save(path, tiled([[row] for _, row in group]).save)
             written.append(path)
         if len(jobs) < len(plan.jobs):
             logger.info("%s: the preview shows %d of %d items", plan.dataset.where, len(jobs), len(plan.jobs))
@@ -61,14 +69,14 @@ def write_debug_files(plans: Sequence[Plan], rules: CacheRules, *, videos: bool,
     """
     written = []
     for plan in plans:
-        for sample in _loaded(plan.jobs, rules, num_workers, plan.dataset.where):
-            is_clip = videos and not isinstance(plan.dataset, ImageDataset)
-            path = sample.unit.paths[0].with_suffix(".mp4" if is_clip else ".png")
-            with atomic_file(path) as temporary:
-                if is_clip:
-                    write_video(temporary, sample.frames, fps=rules.fps)
-                else:
-                    _drawn(sample, rules).save(temporary)
+        samples = _loaded(plan.jobs, rules, num_workers, plan.dataset.where)
+        if videos and not isinstance(plan.dataset, ImageDataset):
+            writers = ((s, partial(write_video, frames=s.frames, fps=rules.fps), ".mp4") for s in samples)
+        else:
+            writers = ((s, row.save, ".png") for s, row in _drawn(samples, rules))
+        for sample, write, suffix in writers:
+            path = sample.unit.paths[0].with_suffix(suffix)
+            _save(path, write)
             written.append(path)
     return written
 
@@ -86,7 +94,26 @@ def _loaded(jobs: Sequence[Job], rules: CacheRules, num_workers: int, title: str
                 bar.update()
 
 
-def _drawn(sample: Sample, rules: CacheRules) -> Image.Image:
+def _save(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        with atomic_file(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        raise UserError(str(path), error.strerror or str(error), "a file that can be written", "make room") from error
+
+
+def _drawn(samples: Iterable[Sample], rules: CacheRules) -> Iterator[tuple[Sample, Image.Image]]:
+    """Each sample with its row; as in `_loaded`, what is wrong with one is only warned about."""
+    for sample in samples:
+        try:
+            row = _row(sample, rules)
+        except UserError as error:
+            logger.warning("%s", Failure.of(sample.job.item, error).message)
+        else:
+            yield sample, row
+
+
+def _row(sample: Sample, rules: CacheRules) -> Image.Image:
     cells = rules.cells(sample)
     width, height = sample.job.size
     place = "" if sample.unit.crop is None else f", frames {sample.unit.crop.start} to {sample.unit.crop.end - 1}"
@@ -101,10 +128,10 @@ def _spread(jobs: Sequence[Job], count: int) -> list[Job]:
     return [jobs[i * len(jobs) // count] for i in range(count)]
 
 
-def _groups(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    group: list[Sample] = []
-    for sample in samples:
-        group.append(sample)
+def _groups(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    group: list[T] = []
+    for value in values:
+        group.append(value)
         if len(group) == size:
             yield group
             group = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
 from dataset.jobs import Job, Sample
 from dataset.loading import NotLoaded, read_jobs
@@ -17,19 +17,31 @@ class _Reading(IterableDataset):
         self.jobs, self.fps = jobs, fps
 
     def __iter__(self) -> Iterator[Sample | NotLoaded]:
-        worker = get_worker_info()
-        yield from read_jobs(self.jobs[worker.id :: worker.num_workers], self.fps)
+        yield from read_jobs(self.jobs, self.fps)
 
 
-def loader(jobs: Sequence[Job], *, fps: int, num_workers: int, num_ahead: int) -> DataLoader:
-    """Iterates over the samples of all jobs; each worker is at most `num_ahead` samples ahead.
+def load_ahead(jobs: Sequence[Job], *, fps: int, num_workers: int, num_ahead: int) -> Iterator[Sample | NotLoaded]:
+    """Yields the samples of all jobs in their order; each worker is at most `num_ahead` samples ahead.
 
-    Samples are numpy arrays, not tensors: these would come through /dev/shm, which is 64 MB in a container.
+    A loader for each worker, as one loader for all takes from its workers sample by sample: those with short videos
+    would run ahead of one with a long video without end, and their samples would wait for its batches.
     """
+    shares = [jobs[worker::num_workers] for worker in range(num_workers)]
+    readers = [iter(_loader(_Reading(share, fps), num_ahead)) for share in shares]
+    for number, job in enumerate(jobs):
+        num_left = len(job.units)
+        while num_left:
+            loaded = next(readers[number % num_workers])
+            num_left -= len(loaded.units) if isinstance(loaded, NotLoaded) else 1
+            yield loaded
+
+
+def _loader(reading: _Reading, num_ahead: int) -> DataLoader:
+    """One worker. Samples are numpy arrays: tensors would come through /dev/shm, which is 64 MB in a container."""
     return DataLoader(
-        _Reading(jobs, fps),
+        reading,
         batch_size=None,
-        num_workers=num_workers,
+        num_workers=1,
         prefetch_factor=num_ahead,
         multiprocessing_context="spawn",
         collate_fn=_unchanged,

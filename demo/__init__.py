@@ -1,1 +1,1 @@
-"""Small models in the published layouts, real pictures, and a run of the main job with both."""
+"""Small models in the published layouts, real pictures, a small data set, and a run of the main jobs with them."""

@@ -1,7 +1,8 @@
 """The main jobs on the CPU, from small checkpoints and real photographs: `python quickstart.py demo`.
 
-Everything goes through `fpack_generate_video.py` as a user would call it; its command lines are printed. Three calls
-do it all, because each loads the models once: a file of one-frame prompts, a sweep, and a video.
+Everything goes through the scripts as a user would call them; the command lines are printed. Three calls of
+`fpack_generate_video.py` do, because each loads the models once: a file of one-frame prompts, a sweep, and a video.
+Then a small data set is cached.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.media import read_video
 from common.sheets import BACKGROUND, MARGIN, contact_sheet, tiled
+from demo.data_set import DataSet, caching_commands, write_data_set
 from demo.material import Material, write_material
 from demo.models import ModelPaths, build_models
 
@@ -55,12 +57,13 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the calls of the script made."""
+    """What the calls of the scripts made."""
 
     pictures: tuple[Path, ...]
     """One for each line."""
     sweep: Path
     video: Path
+    data_set: DataSet
 
 
 def lines(material: Material) -> tuple[Line, ...]:
@@ -81,10 +84,10 @@ def lines(material: Material) -> tuple[Line, ...]:
 
 
 def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
-    """Calls the script for the prompt file, the sweep and the video.
+    """Calls the scripts for the prompt file, the sweep, the video and the data set.
 
     Raises:
-        subprocess.CalledProcessError: the script failed.
+        subprocess.CalledProcessError: a script failed.
     """
     prompts = results / "prompts.txt"
     prompts.parent.mkdir(parents=True)
@@ -92,14 +95,17 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
     prompts.write_text(text, encoding="utf-8")
     print(f"\n{prompts}:\n{text}", end="", flush=True)
     pictures = ("--output_type", "images")
-    _call(models, PICTURE_SIZE, results / "one_frame", "--from_file", str(prompts), *pictures)
-    _call(models, SWEEP_SIZE, results / "sweep", *sweep_arguments(material), *pictures)
+    _generate(models, PICTURE_SIZE, results / "one_frame", "--from_file", str(prompts), *pictures)
+    _generate(models, SWEEP_SIZE, results / "sweep", *sweep_arguments(material), *pictures)
     video = ("--prompt", "The cat blinks.", "--image_path", str(material.chelsea), "--video_sections", "2")
-    _call(models, VIDEO_SIZE, results / "video", *video, "--output_type", "video")
+    _generate(models, VIDEO_SIZE, results / "video", *video, "--output_type", "video")
+    data_set = write_data_set(results / "data_set", material)
+    for command in caching_commands(models, data_set):
+        _call(command)
     # Names begin with the time, so their order is the order of the lines.
     made = tuple(sorted((results / "one_frame").glob("*.png")))
     (sweep,), (video_path,) = (results / "sweep").glob("*_sweep.png"), (results / "video").glob("*.mp4")
-    return Run(pictures=made, sweep=sweep, video=video_path)
+    return Run(pictures=made, sweep=sweep, video=video_path, data_set=data_set)
 
 
 def sweep_arguments(material: Material) -> tuple[str, ...]:
@@ -112,10 +118,13 @@ def sweep_arguments(material: Material) -> tuple[str, ...]:
     )
 
 
-def _call(models: ModelPaths, size: tuple[int, int], folder: Path, *arguments: str) -> None:
+def _generate(models: ModelPaths, size: tuple[int, int], folder: Path, *arguments: str) -> None:
     model_flags = [text for name, path in vars(models).items() for text in (f"--{name}", str(path))]
     common = ["--video_size", *map(str, size), "--seed", "1", "--device", "cpu", "--save_path", str(folder)]
-    command = ["fpack_generate_video.py", *model_flags, *arguments, *common]
+    _call(["fpack_generate_video.py", *model_flags, *arguments, *common])
+
+
+def _call(command: Sequence[str]) -> None:
     print(f"\n{subprocess.list2cmdline(['python', *command])}", flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
@@ -148,6 +157,11 @@ def video_sheet(material: Material, run: Run) -> Image.Image:
     cells = [("start image", ImageOps.fit(Image.open(material.chelsea), VIDEO_SIZE[::-1]))]
     cells += [(f"frame {i} of {len(frames)}", Image.fromarray(frames[i])) for i in chosen]
     return contact_sheet(cells, columns=len(cells), title="Video")
+
+
+def data_set_sheet(run: Run) -> Image.Image:
+    """The sheets that the caching script drew."""
+    return tiled([[Image.open(path)] for path in run.data_set.previews])
 
 
 def heading(width: int) -> Image.Image:
@@ -183,14 +197,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except subprocess.CalledProcessError as error:
         print(f"demo: got exit code {error.returncode} from the command above; expected 0", file=sys.stderr)
         return 1
-    made, video = one_frame_sheets(material, run), video_sheet(material, run)
+    made, video, data_set = one_frame_sheets(material, run), video_sheet(material, run), data_set_sheet(run)
     one_frame, blend, kisekaeichi, sweep = made.values()
     sheet_path = output / "contact_sheet.png"
-    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [video]]).save(sheet_path)
-    pictures = save_sheets(made, options.pictures or output / "pictures")
+    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [video], [data_set]]).save(sheet_path)
+    pictures = save_sheets({**made, "data_set_preview": data_set}, options.pictures or output / "pictures")
     print(NOTE)
     print(f"\nDone in {time.monotonic() - start:.0f} seconds. Made:")
-    for path in (*run.pictures, run.sweep, run.video, *pictures, sheet_path):
+    for path in (*run.pictures, run.sweep, run.video, *run.data_set.previews, *pictures, sheet_path):
         print(f"  {path}")
     return 0
 

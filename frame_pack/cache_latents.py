@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from common.files import check_writable_folder
 from common.processes import Processes, joined_processes
@@ -17,6 +19,8 @@ from options.errors import UserError, UserErrors
 from options.flags_cache import CacheFlags, check_cache_flags
 from options.flags_fpack_cache import ContextFlags, FramePackCacheLatentsFlags
 from options.flags_generate import check_vae_memory
+
+logger = logging.getLogger(__name__)
 
 
 def run(flags: FramePackCacheLatentsFlags) -> int:
@@ -95,7 +99,8 @@ def _debug(
     plans = plan_all(config, plan, strict=flags.cache.strict, processes=processes)
     plans = [replace(plan, jobs=tuple(processes.share(plan.jobs))) for plan in plans]
     videos, workers = flags.preview.debug_mode == "video", flags.cache.workers
-    write_debug_files(plans, rules, videos=videos, num_workers=workers)
+    written = write_debug_files(plans, rules, videos=videos, num_workers=workers)
+    logger.info("%d files written where their caches would go", len(written))
     return int(any(plan.failures for plan in plans))
 
 
@@ -145,8 +150,10 @@ def _encode(
         "encoder_dtype": str(dtype).removeprefix("torch."),
         "vae_tile_size": str(memory.tile_size or "none"),
     }
-    preview = flags.preview.preview and Preview(folder=flags.preview.preview, max_items=flags.preview.preview_items)
-    options = caching_options(flags.cache)
+    options, preview = caching_options(flags.cache), None
+    if flags.preview.preview is not None:
+        name = Path(flags.cache.dataset_config).stem
+        preview = Preview(folder=flags.preview.preview, name=name, max_items=flags.preview.preview_items)
     return cache_latents(config, rules, open_encoder, encoders, options, processes, preview=preview)
 
 

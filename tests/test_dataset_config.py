@@ -466,6 +466,7 @@ def test_examples_of_the_guide_are_valid_and_name_what_they_say(repository):
         (0, 10),
         (0, 10),
         (0, 1),
+        None,
     ]
     assert found[3].fp_1f_no_post and found[3].fp_1f_target_index == 1
 

@@ -1,23 +1,36 @@
-"""The demo's jobs, and the documents that show its pictures: every command in them is one that the script accepts."""
+"""The demo's jobs, and the documents that show its pictures: every command in them is one that the scripts accept."""
 
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import fpack_cache_latents
+import fpack_cache_text_encoder_outputs
 import fpack_generate_video
+from common.flags import parse
+from demo.data_set import DataSet, caching_commands, write_data_set
 from demo.material import Material
 from demo.models import ModelPaths
 from demo.run import MARGIN, heading, lines, save_sheets, sweep_arguments, tiled
+from options.flags_fpack_cache import FramePackCacheLatentsFlags, FramePackCacheTextsFlags
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "one_frame.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [text.replace("\\\n", " ") for kind, text in BLOCKS if kind == "bash" and text.startswith("python")]
-PICTURES = [DOCUMENT.parent / name for name in re.findall(r"pictures/[\w-]+\.png", TEXT)]
+GUIDE = DOCUMENT.parent / "dataset.md"
+GUIDE_TEXT = GUIDE.read_text(encoding="utf-8")
+CACHING_COMMANDS = re.findall(r"^python (fpack_cache_\w+\.py.*)$", GUIDE_TEXT.replace("\\\n", " "), re.MULTILINE)
+PICTURES = [DOCUMENT.parent / name for name in re.findall(r"pictures/[\w-]+\.png", TEXT + GUIDE_TEXT)]
+SCRIPTS = {
+    "fpack_cache_latents.py": (fpack_cache_latents, FramePackCacheLatentsFlags),
+    "fpack_cache_text_encoder_outputs.py": (fpack_cache_text_encoder_outputs, FramePackCacheTextsFlags),
+}
 
 
 @pytest.fixture
@@ -52,16 +65,61 @@ def test_the_demos_own_jobs_pass_all_checks(check, material: Material, tmp_path:
     assert check(*sweep_arguments(material)) == 0
 
 
+@pytest.mark.parametrize("command", CACHING_COMMANDS)
+def test_every_caching_command_of_the_guide_is_understood(command: str) -> None:
+    script, *arguments = shlex.split(command)
+    parse(SCRIPTS[script][1], description="", argv=arguments)
+
+
+def test_the_guide_has_a_caching_command_for_each_kind() -> None:
+    latents = [command for command in CACHING_COMMANDS if command.startswith("fpack_cache_latents.py")]
+    assert {("--one_frame" in text, "--f1" in text) for text in latents} == {
+        (True, False),
+        (False, False),
+        (False, True),
+    }
+    assert len(latents) < len(CACHING_COMMANDS)
+
+
+@pytest.fixture
+def data_set(material: Material, tmp_path: Path) -> DataSet:
+    return write_data_set(tmp_path / "データ", material)
+
+
+def test_the_demos_data_set_is_cached_and_previewed(demo_models: ModelPaths, data_set: DataSet) -> None:
+    for script, *arguments in caching_commands(demo_models, data_set):
+        assert SCRIPTS[script][0].main(arguments) == 0
+    names = {path.name for folder in ("cache", "cache_videos") for path in (data_set.folder / folder).iterdir()}
+    assert names == {
+        *("astronaut_0384x0384_fp.safetensors", "cat_0480x0320_fp.safetensors"),
+        *("astronaut_fp_te.safetensors", "cat_fp_te.safetensors"),
+        *("bikes_00000-037-0000_0192x0080_fp.safetensors", "bikes_fp_te.safetensors"),
+    }
+    for path in data_set.previews:
+        assert Image.open(path).width > 500
+
+
+def test_the_demos_results_are_what_their_masks_leave_of_the_controls(data_set: DataSet) -> None:
+    for stem in ("astronaut", "cat"):
+        controls = [np.asarray(Image.open(data_set.folder / "controls" / f"{stem}_{i}.png"), float) for i in (0, 1)]
+        alphas = [picture[..., 3:] / 255 for picture in controls]
+        assert np.array_equal(alphas[0] + alphas[1], np.ones_like(alphas[0])) and 0.3 < alphas[0].mean() < 0.7
+        shown = sum(picture[..., :3] * alpha for picture, alpha in zip(controls, alphas, strict=True))
+        result = np.asarray(Image.open(data_set.folder / "result" / f"{stem}.png"), float)
+        assert np.abs(result - shown).max() <= 1
+
+
 def test_the_documents_pictures_are_there_and_small_and_no_others() -> None:
     assert set(PICTURES) == set((DOCUMENT.parent / "pictures").iterdir())
     sizes = [path.stat().st_size for path in PICTURES]
     assert max(sizes) < 250_000 and sum(sizes) < 1_000_000
 
 
-def test_links_of_the_document_lead_to_its_headings() -> None:
-    titles = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+@pytest.mark.parametrize("text", [TEXT, GUIDE_TEXT], ids=["one_frame", "dataset"])
+def test_links_of_the_document_lead_to_its_headings(text: str) -> None:
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 def test_tiled_sheets_share_margins_and_keep_their_pixels() -> None:

@@ -28,7 +28,7 @@ PRODUCT = set(MAY_IMPORT)
 MAY_IMPORT |= {
     "demo": set(PRODUCT),
     "benchmarks": PRODUCT | {"demo"},
-    "tests": PRODUCT | {"demo", "scripts", "quickstart"},
+    "tests": PRODUCT | {"demo", "benchmarks", "scripts", "quickstart"},
     "scripts": set(PRODUCT),
     "quickstart": set(),
 }

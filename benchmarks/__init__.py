@@ -1,0 +1,1 @@
+"""What takes how long, and how much memory: measured on the machine at hand, never in the tests."""

@@ -1,0 +1,90 @@
+"""Runs the caching loop with the encoder of the tests in a process of its own: see `test_cache_processes.py`.
+
+python -m tests.cache_driver run DATA.toml MODE LOG       what was encoded goes to LOG.RANK, a name a line
+python -m tests.cache_driver kills DATA.toml MODE SEED    caches again and again, killed at moments drawn by SEED
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.processes import joined_processes
+from options.errors import UserError
+from tests.cache_builders import files, run_loop
+
+NUM_KILLS = 12
+
+
+def run(config: Path, mode: str, log: str) -> int:
+    with joined_processes() as processes:
+        code, encoder = run_loop(config, mode, processes=processes, skip_existing=True)
+        Path(f"{log}.{processes.rank}").write_text("\n".join(encoder.encoded), encoding="utf-8")
+    return code
+
+
+def kills(config: Path, mode: str, seed: str) -> int:
+    """Prints how many files were there after each kill. Each attempt is a fork, as imports take seconds."""
+    from safetensors.torch import load
+
+    cache, choose = config.parent / "cache", random.Random(int(seed))
+    run_loop(config, mode)  # what is imported late is there now, so that most moments are not within imports
+    shutil.rmtree(cache)
+    num_events = forked(config, mode, None)
+    shutil.rmtree(cache)
+    for _ in range(NUM_KILLS):
+        if forked(config, mode, choose.randrange(num_events)) is not None:
+            # It had less to do than the first one, and finished before its moment.
+            shutil.rmtree(cache)
+        found = {name: content for name, content in files(cache).items() if not name.startswith(".")}
+        for content in found.values():
+            load(content)
+        sys.stdout.write(f"{len(found)} files, {len(files(cache)) - len(found)} temporary\n")
+    forked(config, mode, None)
+    return 0
+
+
+def forked(config: Path, mode: str, last_event: int | None) -> int | None:
+    """Caches in a fork that dies at its `last_event`th call or return: None, or how many there were if it lived."""
+    reading, writing = os.pipe()
+    if child := os.fork():
+        os.close(writing)
+        with open(reading, encoding="utf-8") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) != (0 if answer else -signal.SIGKILL):
+            raise RuntimeError(f"the fork ended with {status}")
+        return int(answer) if answer else None
+    # Its own lock is shared by all forks, and one that was killed may have held it.
+    tqdm.set_lock(threading.RLock())
+    num_events = 0
+
+    def count(*_) -> None:
+        nonlocal num_events
+        if num_events == last_event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        num_events += 1
+
+    sys.setprofile(count)
+    code, _ = run_loop(config, mode, skip_existing=True)
+    sys.setprofile(None)
+    os.write(writing, str(num_events).encode())
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    what, config, *rest = sys.argv[1:]
+    try:
+        sys.exit({"run": run, "kills": kills}[what](Path(config), *rest))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
