@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from options.errors import UserError
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
@@ -45,7 +47,7 @@ class Processes:
         return values
 
     def device_name(self, given: str | None) -> str | None:
-        """What was asked for; else the CPU with `accelerate launch --cpu`; else each of several processes its own GPU."""
+        """What was asked for; else the CPU with `accelerate launch --cpu`; else, of several processes, its own GPU."""
         if given is not None:
             return given
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
@@ -67,6 +69,9 @@ def joined_processes() -> Iterator[Processes]:
     if world == 1:
         yield Processes()
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        got, remedy = f"{world}, and no {missing[0]}", "start with accelerate launch, or unset WORLD_SIZE"
+        raise UserError("WORLD_SIZE", got, "what a launcher sets", remedy)
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)

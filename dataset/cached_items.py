@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 5
 COMPLAINTS_SHOWN = 20
-OF_ONE_ITEM = re.compile(r"source(_.*)?|control_\d+(_.*)?|size|frame_rate|start|count|caption")
+OF_ONE_ITEM = re.compile(r"data_set|source(_.*)?|control_\d+(_.*)?|size|frame_rate|start|count|caption")
 """Settings in a fingerprint that differ from item to item of a data set."""
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import check_writable_folder
 from common.processes import Processes
-from dataset.cache_names import abandoned, cached_stems, prunable
+from dataset.cache_files import cache_header
+from dataset.cache_names import abandoned, cached_stems, comparable, prunable
 from dataset.config import DatasetConfig, ImageDataset, VideoDataset
 from dataset.planning import Failure, Plan
 from dataset.report import Tally, report_lines, summed
@@ -20,6 +22,8 @@ from options.errors import UserError, UserErrors
 
 logger = logging.getLogger(__name__)
 
+MAKER = "data_set"
+"""What a fingerprint calls the data set that made it. It is not compared: moving a folder makes nothing stale."""
 ABANDONED_AFTER = 3600
 """Seconds after which a temporary file is nobody's: a process that is writing now has some too."""
 
@@ -96,10 +100,16 @@ class Outcome:
             self.tally.seconds += time.perf_counter() - begin
 
 
-def full_disk(path: Path, error: OSError) -> UserError:
-    """For a cache that cannot be written: the disk is full or went away, and the next one would fail as well."""
-    remedy = "make room, then go on with --skip_existing"
-    return UserError(str(path), error.strerror or str(error), "a cache file that can be written", remedy)
+def not_written(path: Path, error: OSError) -> UserError:
+    """For a cache that cannot be written.
+
+    Raises:
+        UserError: the disk is full or went away, so the next one would fail as well.
+    """
+    got, expected = error.strerror or str(error), "a cache file that can be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        raise UserError(str(path), got, expected, "make room, then go on with --skip_existing") from error
+    return UserError(str(path), got, expected, "shorten the name, or close what has the file open")
 
 
 def finish(
@@ -132,19 +142,36 @@ def finish(
 def _prune(plan: Plan, tally: Tally, arch: str, *, text: bool) -> tuple[list[str], list[str]]:
     """Removes caches of what the data set does not hold any more: (their names, remarks).
 
-    What an item that failed today was cached as yesterday is kept; and when it is not known which items there are, as
-    captions are missing or a disk was away, everything is.
+    Kept is what an item that failed today was cached as yesterday; what another data set made, or nobody knows who,
+    unless it is an older cache of an item; and everything, when it is not known which items there are, as captions are
+    missing or a disk was away.
     """
     folder = plan.dataset.cache_directory
     for path in abandoned(folder):
-        if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-            path.unlink(missing_ok=True)
-    kept = [path for job in plan.jobs for path in job.paths]
-    leftover = prunable(folder, arch, kept, text=text)
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                path.unlink()
+    leftover = prunable(folder, arch, [path for job in plan.jobs for path in job.paths], text=text)
     if leftover and any(failure.stem is None for failure in plan.failures):
         return [], [f"{len(leftover)} older cache files are kept until all items of the data set can be listed"]
-    stems = {failure.stem for failure in (*plan.failures, *tally.failures)}
-    removed = [path for path in leftover if not cached_stems(path, arch) & stems]
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return [path.name for path in removed], []
+    failed = {comparable(failure.stem) for failure in (*plan.failures, *tally.failures) if failure.stem is not None}
+    present = {comparable(job.item.stem) for job in plan.jobs}
+    removed, kept = [], 0
+    for path in leftover:
+        stems = {comparable(stem) for stem in cached_stems(path, arch)}
+        maker = _maker(path)
+        if stems & failed or (maker != plan.dataset.source_name and not (maker is None and stems & present)):
+            kept += not stems & failed
+            continue
+        with suppress(OSError):  # another run was faster, or has it open
+            path.unlink()
+            removed.append(path.name)
+    return removed, [f"{kept} other cache files in {folder} are kept: this data set did not make them"] * bool(kept)
+
+
+def _maker(path: Path) -> str | None:
+    """The data set that made a cache; None when it does not say."""
+    try:
+        return (cache_header(path).fingerprint or {}).get(MAKER)
+    except UserError:
+        return None

@@ -44,6 +44,12 @@ class Dataset:
     fp_latent_window_size: int = 9
     """Latent frames of a FramePack section."""
 
+    @property
+    def source_name(self) -> str:
+        """The key and base name of the source: what its caches are known by when data sets share a folder."""
+        key = next(key for key in SOURCES if getattr(self, key, None) is not None)
+        return f"{key} {getattr(self, key).name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset(Dataset):

@@ -14,7 +14,7 @@ from common.processes import Processes
 from dataset.architecture import CacheRules, LatentEncoder
 from dataset.batching import Batches
 from dataset.cache_files import check_finite, latent_metadata, write_cache
-from dataset.caching import CachingOptions, Outcome, finish, full_disk, plan_all
+from dataset.caching import MAKER, CachingOptions, Outcome, finish, not_written, plan_all
 from dataset.config import DatasetConfig, ImageDataset
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Job, Sample
@@ -142,7 +142,7 @@ def _encoded(encoder: LatentEncoder, batch: Sequence[Sample]) -> tuple[Sequence,
 
 def _write(sample: Sample, files: Sequence, arch: str, encoders: Fingerprint, outcome: Outcome) -> None:
     job, unit = sample.job, sample.unit
-    fingerprint = {**unit.settings, **encoders, **sample.identity}
+    fingerprint = {**unit.settings, **encoders, **sample.identity, MAKER: job.dataset.source_name}
     size = job.source_size if unit.crop is None else job.size
     count = unit.crop and unit.crop.length
     metadata = latent_metadata(arch, size, fingerprint, frame_count=count)
@@ -155,6 +155,8 @@ def _write(sample: Sample, files: Sequence, arch: str, encoders: Fingerprint, ou
     except UserError as error:
         outcome.failed(Failure.of(job.item, error))
     except OSError as error:
-        raise full_disk(path, error) from error
+        outcome.failed(Failure.of(job.item, not_written(path, error)))
+    except Exception as error:  # whatever is odd about one item does not concern the others
+        outcome.failed(Failure.of(job.item, error))
     else:
         outcome.wrote(unit.paths)

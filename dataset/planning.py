@@ -44,9 +44,9 @@ class Plan:
 
     dataset: ImageDataset | VideoDataset
     num_items: int
-    """What was listed, without what is wrong with the list itself."""
+    """Everything that the source holds, usable or not."""
     jobs: tuple[Job, ...] | tuple[TextJob, ...]
-    """Of latents by size, so that batches of one size follow each other; then as listed."""
+    """Of latents by size and length, so that few batches are open at a time; then as listed."""
     failures: tuple[Failure, ...]
     dropped: tuple[str, ...] = ()
     """Items of which no clip is long enough, one line each."""
@@ -76,8 +76,8 @@ def plan_latents(dataset: ImageDataset | VideoDataset, rules: CacheRules, *, reu
             jobs.append(job)
     return Plan(
         dataset=dataset,
-        num_items=len(listing.items),
-        jobs=tuple(sorted(jobs, key=lambda job: job.size)),
+        num_items=listing.num_found,
+        jobs=tuple(sorted(jobs, key=lambda job: (job.size, [unit.num_frames for unit in job.units]))),
         failures=tuple(failures),
         dropped=tuple(planner.dropped),
         trimmed=tuple(planner.trimmed),
@@ -91,7 +91,7 @@ def plan_texts(dataset: ImageDataset | VideoDataset, arch: str) -> Plan:
     folder = dataset.cache_directory
     return Plan(
         dataset=dataset,
-        num_items=len(listing.items),
+        num_items=listing.num_found,
         jobs=tuple(TextJob(item=item, path=text_path(folder, item.path, arch)) for item in listing.items),
         failures=tuple(Failure(stem=None, message=problem) for problem in listing.problems),
         notes=listing.notes,

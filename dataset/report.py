@@ -58,8 +58,8 @@ def report_lines(plan: Plan, tally: Tally, *, what: str, pruned: Sequence[str], 
         notes: anything else.
     """
     failures = [*plan.failures, *tally.failures]
-    num_failed = len({failure.stem for failure in failures} - {None})
-    num_used = plan.num_items - num_failed - len(plan.dropped)
+    num_used = len(plan.jobs) - len({failure.stem for failure in tally.failures})
+    num_failed = plan.num_items - num_used - len(plan.dropped)
     counts = f"{plan.num_items} items, {num_used} used, {len(plan.dropped)} dropped, {num_failed} failed"
     yield f"{plan.dataset.where}: {counts}"
     rate = f", {tally.num_encoded / tally.seconds:.2f} {what} per second" if tally.num_encoded and tally.seconds else ""

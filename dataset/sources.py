@@ -52,6 +52,8 @@ class Listing:
     """One line for each thing that keeps an item out, or all of them."""
     notes: tuple[str, ...] = ()
     """One line for each thing that is left aside and was perhaps meant to be used."""
+    num_found: int = 0
+    """Images, videos or lines of JSON, usable or not."""
 
 
 def list_items(dataset: ImageDataset | VideoDataset) -> Listing:
@@ -66,12 +68,29 @@ def list_items(dataset: ImageDataset | VideoDataset) -> Listing:
     except OSError as error:
         got = error.filename or dataset.where
         found.problem(dataset.where, got, "a file or folder that can be read", error.strerror or "look at it")
+    found.items = [item for item in found.items if _is_text(found, item)]
     items = _without_collisions(found)
     if not items and not found.problems:
         kind = "lines" if found.jsonl else f"files that end in {', '.join(found.suffixes)}"
         remedy = "fill it" if found.jsonl else "subfolders are not searched: name the folder that has them"
         found.problem(f"{dataset.where} {found.source_key}", f"no {kind} in {found.source}", "at least one", remedy)
-    return Listing(items=tuple(items), problems=tuple(found.problems), notes=tuple(found.notes))
+    return Listing(
+        items=tuple(items), problems=tuple(found.problems), notes=tuple(found.notes), num_found=found.num_found
+    )
+
+
+def _is_text(found: _Found, item: MediaItem) -> bool:
+    """Whether names and caption are UTF-8, which caches hold them in: those of old archives may not be."""
+    for text, what, remedy in (
+        (item.caption, "a caption with half a character (a lone surrogate)", "write it anew"),
+        *((str(path), "a name that is not UTF-8", "rename it") for path in (item.path, *item.control_paths)),
+    ):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            found.problem(ascii(item.where), what, "text in UTF-8", remedy)
+            return False
+    return True
 
 
 def stem_of(path: str | Path) -> str:
@@ -106,6 +125,7 @@ class _Found:
         self.items: list[MediaItem] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.num_found = 0
         self.any_controls = False
         """Whether a line of the JSONL file names a control."""
         self.unused: dict[str, str] = {}
@@ -140,6 +160,7 @@ def _without_collisions(found: _Found) -> list[MediaItem]:
 def _collect_folder(found: _Found) -> None:
     dataset = found.dataset
     paths = files_in(found.source, found.suffixes)
+    found.num_found = len(paths)
     if unread := files_in(found.source, UNREAD_SUFFIXES):
         found.note(f"{dataset.where} {found.source_key}", f"files of kinds that are not read: {_names(unread)}")
     if not paths:
@@ -292,6 +313,7 @@ def _collect_jsonl(found: _Found) -> None:
     # Line breaks are bytes: str.splitlines would also break at characters that JSON allows within a text.
     lines = found.jsonl.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     items = []
+    found.num_found = sum(bool(line.strip()) for line in lines)
     for number, line in enumerate(lines, start=1):
         where = f"{found.jsonl} line {number}"
         entry = _entry(found, where, line) if line.strip() else None

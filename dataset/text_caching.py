@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from common.processes import Processes
 from dataset.cache_files import MISSING, NO_FINGERPRINT, cache_header, staleness, text_metadata, write_text_cache
-from dataset.caching import CachingOptions, Outcome, finish, full_disk, plan_all
+from dataset.caching import MAKER, CachingOptions, Outcome, finish, not_written, plan_all
 from dataset.config import DatasetConfig
 from dataset.fingerprints import Fingerprint, text_hash
 from dataset.jobs import TextJob
@@ -97,12 +97,23 @@ def _cache_all(
         try:
             if job.item.caption != caption:
                 tensors, caption = encode(job.item.caption), job.item.caption
-            metadata = text_metadata(arch, caption, _expected(caption, encoders))
-            write_text_cache(job.path, tensors, metadata=metadata)
-        except OSError as error:
-            raise full_disk(job.path, error) from error
         except Exception as error:  # one caption must not take the others with it
             caption = None
             outcome.failed(Failure.of(job.item, error))
-        else:
-            outcome.wrote([job.path])
+            continue
+        _write(job, tensors, arch, encoders, outcome)
+
+
+def _write(
+    job: TextJob, tensors: Mapping[str, torch.Tensor], arch: str, encoders: Fingerprint, outcome: Outcome
+) -> None:
+    caption, maker = job.item.caption, {MAKER: outcome.plan.dataset.source_name}
+    metadata = text_metadata(arch, caption, _expected(caption, encoders) | maker)
+    try:
+        write_text_cache(job.path, tensors, metadata=metadata)
+    except OSError as error:
+        outcome.failed(Failure.of(job.item, not_written(job.path, error)))
+    except Exception as error:  # whatever is odd about one item does not concern the others
+        outcome.failed(Failure.of(job.item, error))
+    else:
+        outcome.wrote([job.path])

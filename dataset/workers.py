@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dataset.jobs import Job, Sample
 from dataset.loading import NotLoaded, read_jobs
+from options.errors import UserError
 
 
 class _Reading(IterableDataset):
@@ -31,9 +32,17 @@ def load_ahead(jobs: Sequence[Job], *, fps: int, num_workers: int, num_ahead: in
     for number, job in enumerate(jobs):
         num_left = len(job.units)
         while num_left:
-            loaded = next(readers[number % num_workers])
+            loaded = _next(readers[number % num_workers], job)
             num_left -= len(loaded.units) if isinstance(loaded, NotLoaded) else 1
             yield loaded
+
+
+def _next(reader: Iterator[Sample | NotLoaded], job: Job) -> Sample | NotLoaded:
+    try:
+        return next(reader)
+    except RuntimeError as error:  # DataLoader's, when a worker was killed
+        remedy = "it was probably out of memory: fewer --num_workers, then go on with --skip_existing"
+        raise UserError(job.item.where, "a worker process that ended", "the item from it", remedy) from error
 
 
 def _loader(reading: _Reading, num_ahead: int) -> DataLoader:

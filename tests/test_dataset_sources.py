@@ -446,7 +446,9 @@ def test_names_that_are_no_text():
         Path(os.fsdecode(name)).write_bytes(b"x")
     touch("images/new\nline.png")
     listing = list_items(image_set())
-    assert len(listing.items) == 1 and "\n" not in only_problem(listing)
+    assert not listing.items and listing.num_found == 2
+    assert all("\n" not in problem and problem.encode() for problem in listing.problems)
+    assert any("a name that is not UTF-8" in problem for problem in listing.problems)
 
 
 def test_no_jsonl_ends_in_a_traceback():
