@@ -51,8 +51,9 @@ def write_previews(
     written = []
     for number, plan in enumerate(plans, start=1):
         jobs = _spread(sorted(plan.jobs, key=lambda job: job.item.where), max_items)
-        samples = _loaded(jobs, rules, num_workers, f"preview of {plan.dataset.where}")
-        for sheet, group in enumerate(_groups(_drawn(samples, rules), ITEMS_PER_SHEET), start=1):
+        told: list[Failure] = []  # caching will fail for these, and report them
+        samples = _loaded(jobs, rules, num_workers, f"preview of {plan.dataset.where}", told)
+        for sheet, group in enumerate(_groups(_drawn(samples, rules, told), ITEMS_PER_SHEET), start=1):
             path = Path(folder) / f"{name}_{number:02d}_{sheet:03d}.png"
             _save(path, tiled([[row] for _, row in group]).save)
             written.append(path)
@@ -61,33 +62,41 @@ def write_previews(
     return written
 
 
-def write_debug_files(plans: Sequence[Plan], rules: CacheRules, *, videos: bool, num_workers: int) -> list[Path]:
+def write_debug_files(
+    plans: Sequence[Plan], rules: CacheRules, *, videos: bool, num_workers: int
+) -> tuple[list[Path], list[Failure]]:
     """Writes a picture of each item, or an mp4 of each clip, under the name of its cache with another suffix.
 
     Args:
         videos: clips as mp4, with exactly the frames that would be encoded; images stay pictures.
+
+    Returns:
+        The files, and what could not be drawn.
     """
-    written = []
+    written: list[Path] = []
+    failures: list[Failure] = []
     for plan in plans:
-        samples = _loaded(plan.jobs, rules, num_workers, plan.dataset.where)
+        samples = _loaded(plan.jobs, rules, num_workers, plan.dataset.where, failures)
         if videos and not isinstance(plan.dataset, ImageDataset):
             writers = ((s, partial(write_video, frames=s.frames, fps=rules.fps), ".mp4") for s in samples)
         else:
-            writers = ((s, row.save, ".png") for s, row in _drawn(samples, rules))
+            writers = ((s, row.save, ".png") for s, row in _drawn(samples, rules, failures))
         for sample, write, suffix in writers:
             path = sample.unit.paths[0].with_suffix(suffix)
             _save(path, write)
             written.append(path)
-    return written
+    return written, failures
 
 
-def _loaded(jobs: Sequence[Job], rules: CacheRules, num_workers: int, title: str) -> Iterator[Sample]:
-    """What can be read; the rest is only warned about here, and is an error when it is cached."""
+def _loaded(
+    jobs: Sequence[Job], rules: CacheRules, num_workers: int, title: str, failures: list[Failure]
+) -> Iterator[Sample]:
+    """What can be read; the rest is warned about and added to `failures`."""
     total = sum(len(job.units) for job in jobs)
     with tqdm(total=total, desc=title, unit="item") as bar:
         for loaded in load_samples(jobs, fps=rules.fps, num_workers=num_workers):
             if isinstance(loaded, NotLoaded):
-                logger.warning("%s", loaded.failure.message)
+                _warn(loaded.failure, failures)
                 bar.update(len(loaded.units))
             else:
                 yield loaded
@@ -102,13 +111,20 @@ def _save(path: Path, write: Callable[[Path], None]) -> None:
         raise UserError(str(path), error.strerror or str(error), "a file that can be written", "make room") from error
 
 
-def _drawn(samples: Iterable[Sample], rules: CacheRules) -> Iterator[tuple[Sample, Image.Image]]:
-    """Each sample with its row; as in `_loaded`, what is wrong with one is only warned about."""
+def _warn(failure: Failure, failures: list[Failure]) -> None:
+    logger.warning("%s", failure.message)
+    failures.append(failure)
+
+
+def _drawn(
+    samples: Iterable[Sample], rules: CacheRules, failures: list[Failure]
+) -> Iterator[tuple[Sample, Image.Image]]:
+    """Each sample with its row; what cannot be drawn is treated as in `_loaded`."""
     for sample in samples:
         try:
             row = _row(sample, rules)
         except UserError as error:
-            logger.warning("%s", Failure.of(sample.job.item, error).message)
+            _warn(Failure.of(sample.job.item, error), failures)
         else:
             yield sample, row
 

@@ -99,9 +99,13 @@ def _debug(
     plans = plan_all(config, plan, strict=flags.cache.strict, processes=processes)
     plans = [replace(plan, jobs=tuple(processes.share(plan.jobs))) for plan in plans]
     videos, workers = flags.preview.debug_mode == "video", flags.cache.workers
-    written = write_debug_files(plans, rules, videos=videos, num_workers=workers)
+    written, failures = write_debug_files(plans, rules, videos=videos, num_workers=workers)
+    if failures and flags.cache.strict:
+        raise UserErrors([failure.message for failure in failures])
     logger.info("%d files written where their caches would go", len(written))
-    return int(any(plan.failures for plan in plans))
+    failed = [*failures, *(failure for plan in plans for failure in plan.failures)]
+    # Waits for all, as a launcher ends the others when the first one leaves with an error.
+    return int(any(processes.gather(bool(failed))))
 
 
 def _check_debug_folders(config: DatasetConfig) -> None:

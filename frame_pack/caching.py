@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Mode = Literal["sections", "f1", "one_frame"]
+RULES_VERSION = "1"
+"""Of everything that happens to pixels and latents here: a change of it makes all caches stale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,14 @@ class FramePackCacheRules:
 
     def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
         """Only what has an effect in this mode, so that nothing else makes a cache stale."""
-        common = {"mode": self.mode, "window": str(self.window_of(dataset))}
+        common = {"rules": RULES_VERSION, "mode": self.mode}
+        window = {"window": str(self.window_of(dataset))}
         if isinstance(dataset, VideoDataset):
-            return common
+            return common | window
         options = self.one_frame_options(dataset)
         source = embedding_source(dataset)
+        # Nothing but post and histories stands behind the window.
+        common |= {} if options.no_post and options.no_2x and options.no_4x else window
         return common | {
             "target_index": str(options.target_index),
             "control_indices": ";".join(map(str, options.control_indices)),

@@ -626,3 +626,80 @@ def test_workers_stop_when_enough_is_ready(tmp_path, monkeypatch) -> None:
     # One in the hands of the consumer, two ahead, and the next one asked for when the first was handed over.
     assert [sample.job.item.stem for sample in rest] == [f"i{number:02d}" for number in range(1, 1 + len(rest))]
     assert len(rest) <= 3
+
+
+# ---- what one odd thing must not do to the rest ----
+
+
+def test_data_set_files_that_share_a_cache_folder_leave_each_other_alone(tmp_path, report) -> None:
+    images, videos = image_set(tmp_path / "一", ["a"]), video_set(tmp_path / "二", {"v": 5})
+    shared = tmp_path / "cache"
+    for config in (images, videos):
+        text = config.read_text(encoding="utf-8")
+        own = str(config.parent / "cache").replace("\\", "\\\\")
+        assert own in text
+        config.write_text(text.replace(own, str(shared).replace("\\", "\\\\")), encoding="utf-8")
+    run_loop(images)
+    run_loop(videos, "sections", window=1)
+    assert {name[0] for name in files(shared)} == {"a", "v"}
+    assert "1 other cache files in" in report.text and "this data set did not make them" in report.text
+    run_loop(images)
+    assert {name[0] for name in files(shared)} == {"a", "v"}
+
+
+def test_a_name_that_is_too_long_for_a_cache_is_reported_and_the_rest_goes_on(tmp_path, report) -> None:
+    long = "x" * 240
+    code, encoder = run_loop(image_set(tmp_path, ["a", long, "z"]))
+    assert code == 1 and {"a", "z"} <= set(encoder.encoded)
+    assert sorted(name[0] for name in files(tmp_path / "cache")) == ["a", "z"]
+    assert "shorten the name" in report.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_is_no_text_is_reported_and_the_rest_goes_on(tmp_path, report) -> None:
+    config = image_set(tmp_path, ["a", "b"])
+    for folder, suffix in (("images", ".png"), ("images", ".txt"), ("controls", ".png")):
+        (tmp_path / folder / f"b{suffix}").rename(
+            os.fsdecode(os.fsencode(tmp_path / folder) + b"/\xff" + suffix.encode())
+        )
+    code, encoder = run_loop(config)
+    assert code == 1 and encoder.encoded == ["a"]
+    assert "a name that is not UTF-8" in report.text and "2 items, 1 used, 0 dropped, 1 failed" in report.text
+
+
+def test_an_item_without_caption_is_counted_as_failed(tmp_path, report) -> None:
+    config = image_set(tmp_path, ["a", "b", "c"])
+    (tmp_path / "images" / "b.txt").unlink()
+    assert run_loop(config)[0] == 1
+    assert "3 items, 2 used, 0 dropped, 1 failed" in report.text
+
+
+def test_a_worker_that_was_killed_is_said_in_one_line(tmp_path, monkeypatch) -> None:
+    from dataset import workers
+
+    def killed(*arguments):
+        yield from ()
+        raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    monkeypatch.setattr(workers, "_loader", killed)
+    with pytest.raises(
+        UserError, match="a worker process that ended; expected the item from it; .* fewer --num_workers"
+    ):
+        run_loop(image_set(tmp_path, ["a"]), num_workers=1)
+
+
+def test_few_clips_wait_for_their_batch_when_lengths_differ(tmp_path) -> None:
+    from dataset.batching import Batches
+    from dataset.config import load_dataset_config
+    from dataset.loading import load_samples
+    from dataset.planning import plan_latents
+
+    lengths = {f"v{number:02d}": 5 + 4 * (number % 4) for number in range(16)}
+    config = video_set(tmp_path, lengths, frame_extraction="full", fp_latent_window_size=1)
+    plan = plan_latents(load_dataset_config(config).datasets[0], FramePackCacheRules(mode="sections"), reuse=False)
+    batches, held, most = Batches(plan.jobs, plan.jobs, 4), 0, 0
+    for sample in load_samples(plan.jobs, fps=30, num_workers=0):
+        held += 1
+        most = max(most, held)
+        held -= len(batches.add(sample))
+    assert held == 0 and most == 4

@@ -150,8 +150,8 @@ def test_two_processes_share_the_work(tmp_path, repository) -> None:
     names = ["猫", "b", "c", "d", "e"]
     config = image_set(tmp_path, [*names, "bad"])
     (tmp_path / "images" / "bad.png").write_bytes((tmp_path / "images" / "bad.png").read_bytes()[:-60])
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "gone_0040x0032_fp.safetensors").write_bytes(b"x")
+    run_loop(image_set(tmp_path / "earlier", ["gone"]))
+    shutil.copytree(tmp_path / "earlier" / "cache", tmp_path / "cache")
     status, _, complaints = side_by_side(
         *("-m", "tests.cache_driver", "run", config, "one_frame", tmp_path / "log"), repository=repository
     )

@@ -113,6 +113,7 @@ def test_control_videos_are_not_used_in_silence(caplog: pytest.LogCaptureFixture
 def test_settings_of_images() -> None:
     rules = FramePackCacheRules(mode="one_frame", no_4x=True)
     assert rules.settings(images(fp_latent_window_size=11, fp_1f_no_post=True)) == {
+        "rules": "1",
         "mode": "one_frame",
         "window": "11",
         "target_index": "1",
@@ -125,8 +126,8 @@ def test_settings_of_images() -> None:
 
 
 def test_settings_of_videos() -> None:
-    assert SECTIONS.settings(videos()) == {"mode": "sections", "window": "9"}
-    assert FramePackCacheRules(mode="f1", window=4).settings(videos()) == {"mode": "f1", "window": "4"}
+    assert SECTIONS.settings(videos()) == {"rules": "1", "mode": "sections", "window": "9"}
+    assert FramePackCacheRules(mode="f1", window=4).settings(videos()) == {"rules": "1", "mode": "f1", "window": "4"}
 
 
 def setting(name: str, **changes) -> str:
@@ -193,3 +194,9 @@ def test_item_without_a_control_image_for_each_index_is_refused(number: int) -> 
     with pytest.raises(UserError, match=rf"^画像\.jsonl line 1: got {number} control images; expected 2, one for each"):
         ONE_FRAME.check_item(item, images())
     SECTIONS.check_item(item, videos())
+
+
+def test_window_does_not_matter_where_nothing_stands_behind_it() -> None:
+    alone = FramePackCacheRules(mode="one_frame", no_2x=True, no_4x=True)
+    assert "window" not in alone.settings(images(fp_1f_no_post=True))
+    assert "window" in alone.settings(images()) and "window" in ONE_FRAME.settings(images(fp_1f_no_post=True))
