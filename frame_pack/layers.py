@@ -93,6 +93,13 @@ class Modulation(nn.Module):
         return self.linear(F.silu(embedding))[:, :, None]
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, whatever the type of its weights and its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from frame_pack.context import PackedContext
 from frame_pack.layers import (
     CleanEmbedding,
     DoubleBlock,
+    Float32Linear,
     ImageProjection,
     Modulation,
     SingleBlock,
@@ -96,7 +96,8 @@ class FramePackTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
         self.norm_out = Modulation(config.width, 2)
-        self.proj_out = nn.Linear(config.width, PATCH * PATCH * config.latent_channels)
+        # The published model projects its result in float32, also when everything before is bfloat16.
+        self.proj_out = Float32Linear(config.width, PATCH * PATCH * config.latent_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,8 +156,7 @@ class FramePackTransformer(nn.Module):
 
         scale, shift = inputs.final.chunk(2, dim=-1)
         tokens = modulate(joined[:, image_length - target.shape[1] : image_length], scale, shift)
-        # The published model projects its result in float32, also when everything before is bfloat16.
-        patches = F.linear(tokens.float(), self.proj_out.weight.float(), self.proj_out.bias.float())
+        patches = self.proj_out(tokens)
         _, channels, frames, height, width = latents.shape
         grid = {"t": frames, "h": height // PATCH, "w": width // PATCH, "c": channels, "p": PATCH, "q": PATCH}
         return rearrange(patches, "b (t h w) (c p q) -> b c t (h p) (w q)", **grid)

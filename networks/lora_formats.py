@@ -1,0 +1,251 @@
+"""LoRA files: read in whatever format they are, told from all their keys, and described by native module names.
+
+A file is taken apart key by key (`lora_keys`), its module names are looked up in the tables of the architectures
+(`TABLES`: another architecture is another table), and fused modules are split into those that the model has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoint_kinds import LORA, expect_kind
+from common.weights import PICKLE_SUFFIXES, TORCH_DTYPES, Checkpoint, open_checkpoint
+from networks.deltas import FactorError, Factors
+from networks.framepack_names import FRAMEPACK_NAMES
+from networks.lora_keys import (
+    ALPHA,
+    Key,
+    foreign_family,
+    foreign_twin,
+    is_text_encoder,
+    parse_key,
+    spelling,
+    unsupported,
+    without_prefixes,
+)
+from networks.module_names import NameTable, flat_name, native_name
+from networks.peft_config import Config, alpha_of, read_config
+from networks.scale_folding import unfold
+from options.errors import UserError
+
+TABLES = (FRAMEPACK_NAMES,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """One file, its tensors by the model's own modules."""
+
+    flag: str
+    """The flag that named it, for messages."""
+    path: Path
+    format: str
+    """In whose spelling it came, for people to read."""
+    table: NameTable
+    """The architecture whose names it knows most of."""
+    modules: Mapping[str, Factors]
+    """By native module name, `lora_unet_transformer_blocks_0_attn_to_q`."""
+    dotted: Mapping[str, str]
+    """Native name -> dotted name, `transformer_blocks.0.attn.to_q`."""
+    sources: Mapping[str, str]
+    """Native name -> the first key in the file that the module was made of."""
+    leftover: tuple[str, ...]
+    """Keys that are not used: text encoders, modules and tensors that no table knows."""
+    metadata: Mapping[str, str]
+
+    @property
+    def where(self) -> str:
+        """The file as error messages name it."""
+        return f"{self.flag} {self.path}"
+
+    @property
+    def kind(self) -> str:
+        """`lora`, `loha`, `lokr`, or several of them with a plus."""
+        return "+".join(sorted({factors.kind for factors in self.modules.values()}))
+
+    def only(self, names: Iterable[str]) -> LoraFile:
+        """The same with these modules."""
+        names = list(names)
+        return replace(self, modules={name: self.modules[name] for name in names})
+
+
+def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> LoraFile:
+    """Reads a LoRA, LoHa or LoKr of any known format.
+
+    Args:
+        shapes_only: leaves all tensors on the meta device; for checking a file before the model is loaded.
+
+    Raises:
+        UserError: no such file, a truncated one, no LoRA, another architecture's, factors that are missing or do not
+            fit, or tensors that change the result in a way that is not supported; the first offending key is named.
+    """
+    # No memory map: on Windows it would lock the file for as long as the LoRA is in use.
+    checkpoint = open_checkpoint(path, flag=flag, memmap=False)
+    where = f"{flag} {path}"
+    by_module, leftover = _sort_keys(checkpoint, where)
+    metadata = _metadata(checkpoint)
+    table, meaning = _look_up(by_module, metadata, where)
+    known = {module: keys for module, keys in by_module.items() if module in meaning}
+    unknown = [key.text for module, keys in by_module.items() if module not in meaning for key in keys.values()]
+    tensors = _shapes(checkpoint, where)
+    if not shapes_only:
+        tensors = dict(checkpoint.read())
+    config = read_config(metadata, checkpoint.files[0])
+    modules: dict[str, Factors] = {}
+    sources: dict[str, str] = {}
+    for module, keys in known.items():
+        factors = _factors(module, keys, tensors, config, where)
+        first = next(iter(keys.values())).text
+        for part, name in zip(_split(factors, meaning[module], first, where), meaning[module], strict=True):
+            if name in modules:
+                got, expected = f"{first} and {sources[name]}", f"one source for {name}"
+                raise UserError(where, got, expected, "the file holds two LoRAs: convert them one by one")
+            modules[name], sources[name] = part, first
+    modules = unfold(modules, metadata)
+    return LoraFile(
+        flag=flag,
+        path=Path(path),
+        format=_format(known, meaning),
+        table=table,
+        modules={native_name(name): factors for name, factors in modules.items()},
+        dotted={native_name(name): name for name in modules},
+        sources={native_name(name): source for name, source in sources.items()},
+        leftover=(*leftover, *unknown),
+        metadata=metadata,
+    )
+
+
+def _sort_keys(checkpoint: Checkpoint, where: str) -> tuple[dict[str, dict[str, Key]], list[str]]:
+    """(module as in the file -> part -> key, keys that are no factor's)."""
+    by_module: dict[str, dict[str, Key]] = {}
+    leftover = []
+    for text in checkpoint.tensors:
+        if is_text_encoder(text):
+            leftover.append(text)
+        elif reason := unsupported(text):
+            raise UserError(where, f"{text}: {reason}", "LoRA, LoHa or LoKr", f"{reason} is not supported")
+        elif key := parse_key(text):
+            parts = by_module.setdefault(key.module, {})
+            if key.part in parts:
+                got, expected = f"{parts[key.part].text} and {text}", "one of them"
+                raise UserError(where, got, expected, "the file holds two LoRAs")
+            parts[key.part] = key
+        else:
+            leftover.append(text)
+    # An alpha whose factors are of an unknown kind is no module.
+    alone = [module for module, keys in by_module.items() if set(keys) == {ALPHA}]
+    leftover += [by_module.pop(module)[ALPHA].text for module in alone]
+    if not by_module:
+        _refuse_without_factors(checkpoint, leftover, where)
+    return by_module, leftover
+
+
+def _refuse_without_factors(checkpoint: Checkpoint, leftover: list[str], where: str) -> None:
+    if not any(is_text_encoder(text) for text in leftover):
+        expect_kind(checkpoint, LORA)
+    got = f"{len(leftover)} tensors, {leftover[0]} first"
+    raise UserError(where, got, "LoRA, LoHa or LoKr factors of a transformer", "the file has none that are known here")
+
+
+def _look_up(
+    modules: Iterable[str], metadata: Mapping[str, str], where: str
+) -> tuple[NameTable, dict[str, tuple[str, ...]]]:
+    """The table that knows most modules, and what each known one means: the model's modules, several for a fused one.
+
+    Raises:
+        UserError: no table knows any, or the names are known but metadata or block counts say another family.
+    """
+    candidates = {module: [flat_name(rest) for rest in without_prefixes(module)] for module in modules}
+    best = max(TABLES, key=lambda table: sum(any(map(table.find, names)) for names in candidates.values()))
+    found = {module: next(filter(None, map(best.find, names)), ()) for module, names in candidates.items()}
+    meaning = {module: names for module, names in found.items() if names}
+    expected = f"a LoRA of {' or '.join(name for table in TABLES for name in table.takes)}"
+    if not meaning:
+        family = foreign_family(names[-1] for names in candidates.values())
+        first = next(iter(candidates))
+        looks = f", which looks like a LoRA of {family}" if family else ", which is no module known here"
+        raise UserError(where, f"{first}{looks}", expected, "LoRAs only work with the model that they were trained on")
+    family = foreign_twin((name for names in meaning.values() for name in names), metadata)
+    if family and family not in best.takes:
+        got = f"{next(iter(meaning))} and others that look like a LoRA of {family}, whose modules have the same names"
+        raise UserError(where, got, expected, "LoRAs only work with the model that they were trained on")
+    return best, meaning
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of the first file; a pickle has none."""
+    from safetensors import safe_open
+
+    if checkpoint.files[0].suffix.lower() in PICKLE_SUFFIXES:
+        return {}
+    with safe_open(os.fspath(checkpoint.files[0]), framework="np") as file:
+        return file.metadata() or {}
+
+
+def _shapes(checkpoint: Checkpoint, where: str) -> dict[str, Tensor]:
+    """All tensors without their content."""
+    shapes = {}
+    for name, info in checkpoint.tensors.items():
+        dtype = getattr(torch, TORCH_DTYPES.get(info.dtype, info.dtype), None)
+        if dtype is None:
+            raise UserError(where, f"{name} of type {info.dtype}", "a type that torch knows", "convert the file")
+        shapes[name] = torch.empty(info.shape, dtype=dtype, device="meta")
+    return shapes
+
+
+def _factors(
+    module: str,
+    keys: Mapping[str, Key],
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    where: str,
+) -> Factors:
+    """One module as it is in the file, fused or not. Its own alpha comes before the configuration's."""
+    parts = {part: tensors[key.text] for part, key in keys.items()}
+    alpha = parts.pop(ALPHA, None)
+    first = next(key.text for part, key in keys.items() if part != ALPHA)
+    try:
+        factors = Factors(tensors=parts, alpha=alpha)
+        *_, name = without_prefixes(module)
+        if alpha is None and (value := alpha_of(config, name, factors)) is not None:
+            factors = replace(factors, alpha=torch.tensor(float(value)))
+    except FactorError as error:
+        key = keys[error.part].text if error.part in keys else f"{first} without {error.part}"
+        got = f"{key} of {error.got}" if error.part in keys else key
+        raise UserError(where, got, error.expected, "the file is incomplete or damaged") from error
+    except ValueError as error:
+        raise UserError(where, f"{first} with {error}", "a scale of 1", "the file cannot be used") from error
+    return factors
+
+
+def _split(factors: Factors, names: tuple[str, ...], key: str, where: str) -> list[Factors]:
+    """The factors of each module that one fuses: query, key and value are as wide as the input, the rest is the MLP's.
+
+    Raises:
+        UserError: the rows do not split that way.
+    """
+    if len(names) == 1:
+        return [factors]
+    rows, width = factors.delta_shape[:2]
+    num_square = min(len(names), 3)
+    ends = [width * (i + 1) for i in range(num_square)] + [rows] * (len(names) - num_square)
+    if rows != ends[-1] or ends != sorted(set(ends)):
+        expected = f"{num_square} times its input width {width}" + (" and the MLP's width" if len(names) > 3 else "")
+        got = f"{key} for {rows} rows"
+        raise UserError(where, got, expected, "the file is damaged or another model's")
+    return [factors.slice_rows(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def _format(by_module: Mapping[str, Mapping[str, Key]], meaning: Mapping[str, tuple[str, ...]]) -> str:
+    """`native (lora_down)`, `diffusers (lora_A)`, `ComfyUI (lokr), HunyuanVideo's names`, `PEFT and native (…)`."""
+    marks = ("lora_A", "lora_down", "lora.down", "lora_linear_layer", "hada", "lokr")
+    endings = [key.text[len(module) :] for module, keys in by_module.items() for key in keys.values()]
+    found = ", ".join(mark for mark in marks if any(mark in ending for ending in endings))
+    spellings = " and ".join(sorted({spelling(module) for module in by_module}))
+    is_renamed = any(not flat_name(module).endswith(flat_name(meaning[module][0])) for module in by_module)
+    return f"{spellings} ({found})" + (", HunyuanVideo's names" if is_renamed else "")

@@ -1,0 +1,114 @@
+"""Which of a LoRA's modules go to which weights of a checkpoint, with an honest count of what does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from networks.deltas import Factors
+from networks.lora_formats import LoraFile
+from networks.lora_keys import without_prefixes
+from networks.module_names import native_name
+from options.errors import UserError
+
+NUM_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """A LoRA laid on a checkpoint."""
+
+    lora: LoraFile
+    factors: Mapping[str, Factors]
+    """By the weight's name as the caller gave it, in the order of the checkpoint."""
+    unmatched: tuple[str, ...]
+    """The LoRA's modules (dotted names) for which there is no weight."""
+
+    def summary(self) -> str:
+        """One line for the log: what is used and what is not."""
+        total = len(self.factors) + len(self.unmatched)
+        lines = [f"{self.lora.path.name}: {len(self.factors)} of {total} {self.lora.kind} modules, {self.lora.format}"]
+        lines += _listed("modules that the model does not have", self.unmatched)
+        lines += _listed("unused tensors", self.lora.leftover)
+        return "; ".join(lines)
+
+
+def _listed(what: str, names: tuple[str, ...]) -> Iterator[str]:
+    if names:
+        shown = ", ".join(names[:NUM_NAMED])
+        yield f"{len(names)} {what} ({shown}{', …' if len(names) > NUM_NAMED else ''})"
+
+
+def select(
+    lora: LoraFile, *, include: str | None = None, exclude: str | None = None, flags: tuple[str, str] | None = None
+) -> LoraFile:
+    """The modules that a pattern keeps, less those that another one drops.
+
+    A pattern may be found anywhere in the module's dotted name, its native name, or its key in the file.
+
+    Args:
+        flags: the names of the two options, for messages.
+
+    Raises:
+        UserError: an invalid regular expression, or nothing is left.
+    """
+    include_flag, exclude_flag = flags or ("--include_patterns", "--exclude_patterns")
+    keeps, drops = _compiled(include, include_flag), _compiled(exclude, exclude_flag)
+    kept = [
+        name
+        for name in lora.modules
+        if (keeps is None or _occurs(keeps, lora, name)) and not (drops is not None and _occurs(drops, lora, name))
+    ]
+    if not kept:
+        flag, got = (include_flag, include) if exclude is None else (exclude_flag, exclude)
+        first = next(iter(lora.dotted.values()))
+        remedy = f"its {len(lora.modules)} modules have names such as {first}"
+        raise UserError(flag, got, f"patterns that leave modules of {lora.path.name}", remedy)
+    return lora.only(kept)
+
+
+def _compiled(pattern: str | None, flag: str) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        remedy = "see Python's documentation of re (a literal dot is \\.)"
+        raise UserError(flag, f"{pattern} ({error})", "a regular expression", remedy) from error
+
+
+def _occurs(pattern: re.Pattern[str], lora: LoraFile, name: str) -> bool:
+    return any(pattern.search(text) for text in (lora.dotted[name], name, lora.sources[name]))
+
+
+def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> Matched:
+    """Finds the weight of every module; prefixes of the checkpoint's layout do not matter.
+
+    Args:
+        weights: dotted name -> shape of all tensors of a checkpoint.
+
+    Raises:
+        UserError: a module has another shape than its weight, or no module has one at all.
+    """
+    factors = {}
+    for weight, shape in weights.items():
+        if name := _module_of(weight, lora):
+            factors[weight] = lora.modules[name]
+            if not factors[weight].fits(shape):
+                got = f"{lora.sources[name]} for a weight of shape {factors[weight].delta_shape}"
+                expected = f"{tuple(shape)}, as {weight} has"
+                raise UserError(lora.where, got, expected, "the LoRA was trained on a model of another size")
+    if not factors:
+        got = f"{len(lora.modules)} {lora.table.architecture} modules, {next(iter(lora.sources.values()))} first"
+        expected = f"modules that the model has ({len(weights)} tensors, {next(iter(weights), 'none')} first)"
+        raise UserError(lora.where, got, expected, "LoRAs only work with the model that they were trained on")
+    found = {_module_of(weight, lora) for weight in factors}
+    unmatched = tuple(lora.dotted[name] for name in lora.modules if name not in found)
+    return Matched(lora=lora, factors=factors, unmatched=unmatched)
+
+
+def _module_of(weight: str, lora: LoraFile) -> str | None:
+    """The native name of the module in `lora` that `weight` belongs to."""
+    module, _, leaf = weight.rpartition(".")
+    if leaf != "weight":
+        return None
+    return next((name for name in map(native_name, without_prefixes(module)) if name in lora.modules), None)
