@@ -25,7 +25,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = _temporary_beside(path)
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _flush_to_disk(file)
+                flush_to_disk(file)
         _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +54,7 @@ def _temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.stem[:32]}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
-def _flush_to_disk(file: Path) -> None:
+def flush_to_disk(file: Path) -> None:
     # Renaming may reach the disk before the contents do: a power cut would leave an empty file under the final name.
     with file.open("r+b") as stream:
         os.fsync(stream.fileno())

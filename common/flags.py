@@ -2,6 +2,9 @@
 
 A script's options are nested, frozen, keyword-only dataclasses; their fields become flags of the same names. After
 `parse` nobody sees an argparse namespace.
+
+Where they have a `config_file`, options may also come from that file; where they have an `output_config`, all of them
+are written to that file instead of running.
 """
 
 from __future__ import annotations
@@ -11,17 +14,16 @@ import logging
 import os
 import re
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, NoReturn, TypeVar
 
+from common.config_file import read_config, write_config
+from common.flag_options import Option, fields_of, is_group, options_of, values_of
 from options.errors import UserError, did_you_mean, one_line
 
 Flags = TypeVar("Flags")
-TYPE_NAMES = {int: "an integer", float: "a number", str: "a text"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
-NOT_YET = "not available yet in this version"
 
 
 def run_script(
@@ -41,7 +43,13 @@ def run_script(
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # they set their levels from these when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        return run(parse(flags_class, description=description, argv=argv)) or 0
+        flags = parse(flags_class, description=description, argv=argv)
+        path = dict(values_of(flags)).get("output_config")
+        if path is not None:
+            if os.environ.get("RANK", "0") == "0":  # a launcher may have started several of us
+                write_config(path, flags)
+            return 0
+        return run(flags) or 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -54,18 +62,23 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
     """Builds `flags_class` from a command line (`sys.argv` when None).
 
     Raises:
-        UserError: an unknown flag, a malformed value, a missing required flag, or one that is not available yet.
+        UserError: an unknown flag, a malformed value, a missing required flag, or one that is not available yet; the
+            same of a configuration file.
     """
     parser = _Parser(
         usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # Values such as "-1:last.png;;;0:first.png" begin with a minus and a digit; no option does.
     parser._negative_number_matcher = re.compile(r"-\d")
-    for title, group_class in _groups(flags_class):
-        group = parser.add_argument_group(title)
-        for name, field, annotation in _own_fields(group_class):
-            _add(group, name, field, annotation)
+    options = options_of(flags_class)
+    for title, members in groupby(options, key=lambda option: option.group):
+        group = parser.add_argument_group(title.replace("_", " "))
+        for option in members:
+            _add(group, option)
     values = vars(parser.parse(sys.argv[1:] if argv is None else argv))
+    if "config_file" in values:
+        values = {**read_config(values["config_file"], options), **values}
+    _check_required(options, values)
     return _build(flags_class, values)
 
 
@@ -82,8 +95,6 @@ class _Parser(argparse.ArgumentParser):
         return namespace
 
     def error(self, message: str) -> NoReturn:
-        if required := re.fullmatch(r"the following arguments are required: (.*)", message):
-            raise UserError(required[1], "nothing", "a value", f"give {required[1]}")
         if about := re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL):
             name, complaint = about[1].split("/")[0], about[2]
             if complaint.startswith("expected "):
@@ -93,95 +104,41 @@ class _Parser(argparse.ArgumentParser):
         raise UserError("command line", one_line(message), "options as in --help", "see --help")
 
 
-def _groups(flags_class: type) -> Iterator[tuple[str, type]]:
-    """(title, dataclass) for the class itself and for the dataclasses nested in it."""
-    yield "options", flags_class
-    for field, annotation in _fields(flags_class):
-        if is_dataclass(annotation):
-            yield field.name.replace("_", " "), annotation
-
-
-def _fields(flags_class: type) -> list[tuple[Field, Any]]:
-    hints = get_type_hints(flags_class)
-    return [(field, hints[field.name]) for field in fields(flags_class)]
-
-
-def _own_fields(flags_class: type) -> Iterator[tuple[str, Field, Any]]:
-    for field, annotation in _fields(flags_class):
-        if not is_dataclass(annotation):
-            yield f"--{field.name}", field, annotation
-
-
-def _add(group: argparse._ArgumentGroup, name: str, field: Field, annotation: Any) -> None:
-    """Adds one flag. Absent flags keep the dataclass's default, so argparse needs none of its own."""
-    alias = field.metadata.get("alias")
-    names = [name, f"--{alias}"] if alias else [name]
-    shown = "" if field.default in (MISSING, None, False, ()) else f" (default: {_shown(field.default)})"
-    common = {"dest": field.name, "help": f"{field.metadata['help']}{shown}".replace("%", "%%")}
-    common |= {"default": argparse.SUPPRESS, "required": field.default is MISSING}
-    value_type = _without_none(annotation)
-    if value_type is bool:
-        group.add_argument(*names, action=_not_yet_switch(name, field), nargs=0, **common)
+def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+    """Adds one flag. Absent flags stay absent, so that a file's values and the dataclass's defaults can come after."""
+    names = [f"--{name}" for name in option.names]
+    common = {"dest": option.name, "help": option.help.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if option.kind is bool:
+        group.add_argument(*names, action=_switch(option), nargs=0, **common)
         return
-    nargs = None
-    if get_origin(value_type) is tuple:
-        parts = get_args(value_type)
-        nargs = "*" if parts[-1] is Ellipsis else len(parts)
-        value_type = parts[0]
-    choices = get_args(value_type) if get_origin(value_type) is Literal else None
-    metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[value_type]
-    convert = _converter(name, field, value_type, choices)
-    action = "extend" if field.metadata.get("repeats") else "store"
-    group.add_argument(*names, action=action, type=convert, nargs=nargs, metavar=metavar, **common)
+    action = "extend" if option.metadata.get("repeats") else "store"
+    convert = partial(option.convert, where=names[0])
+    group.add_argument(*names, action=action, type=convert, nargs=option.num_values, metavar=option.metavar, **common)
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _without_none(annotation: Any) -> Any:
-    """`X | None` → `X`."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(part for part in get_args(annotation) if part is not type(None))
-    return annotation
-
-
-def _not_yet_switch(name: str, field: Field) -> type[argparse.Action]:
+def _switch(option: Option) -> type[argparse.Action]:
     """The action of a flag without a value."""
 
     class Switch(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None) -> None:
-            if field.metadata.get("later"):
-                raise UserError(name, name, "this option to be left out", NOT_YET)
+            if option.is_later:
+                raise option.refuse(f"--{option.name}", option_string)
             setattr(namespace, self.dest, True)
 
     return Switch
 
 
-def _converter(name: str, field: Field, value_type: type, choices: tuple | None) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        if field.metadata.get("later"):
-            raise UserError(name, text, "this option to be left out", NOT_YET)
-        if choices:
-            if text not in choices:
-                raise UserError(name, text, f"one of {', '.join(choices)}", did_you_mean(text, choices, "see --help"))
-            if text in field.metadata.get("not_yet", ()):
-                available = [choice for choice in choices if choice not in field.metadata["not_yet"]]
-                raise UserError(name, text, f"one of {', '.join(available)}", f"{text} is {NOT_YET}")
-            return text
-        try:
-            return value_type(text)
-        except ValueError:
-            raise UserError(name, text, TYPE_NAMES[value_type], "see --help") from None
-
-    return convert
+def _check_required(options: Sequence[Option], values: Mapping[str, Any]) -> None:
+    missing = ", ".join(f"--{option.name}" for option in options if option.is_required and option.name not in values)
+    if missing:
+        raise UserError(missing, "nothing", "a value", f"give {missing}")
 
 
-def _build(flags_class: type[Flags], values: dict[str, Any]) -> Flags:
+def _build(flags_class: type[Flags], values: Mapping[str, Any]) -> Flags:
     """The dataclass, nested ones included, from the flat values of the command line."""
     arguments = {}
-    for field, annotation in _fields(flags_class):
-        if is_dataclass(annotation):
+    for field, annotation in fields_of(flags_class):
+        if is_group(annotation):
             arguments[field.name] = _build(annotation, values)
         elif field.name in values:
             value = values[field.name]

@@ -47,7 +47,7 @@ def contact_sheet(
         raise ValueError(f"a sheet needs cells and columns, got {len(cells)} cells, {columns} columns of {cell_width}")
     columns = min(columns, len(cells))
     written = "".join([title or "", *(label for label, _ in cells)])
-    label_font, title_font = _font(written, LABEL_SIZE), _font(written, TITLE_SIZE)
+    label_font, title_font = font_for(written, LABEL_SIZE), font_for(written, TITLE_SIZE)
     rows = [_Row(cells[start : start + columns], cell_width, label_font) for start in range(0, len(cells), columns)]
     width = MARGIN + columns * (cell_width + MARGIN)
     heading = _Text(title, title_font, width - 2 * MARGIN) if title else None
@@ -136,7 +136,7 @@ def _fitting(text: str, written: Callable[[str], str], font: Font, width: int) -
     return count
 
 
-def _font(text: str, size: int) -> Font:
+def font_for(text: str, size: int) -> Font:
     """Pillow's own font if it covers `text`, else the font here that covers most of it."""
     characters = {character for character in text if not character.isspace()}
     best, most = None, -1

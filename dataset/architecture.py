@@ -36,6 +36,10 @@ class CacheRules(Protocol):
     def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
         """All settings that decide the tensors of a data set's caches, beside sizes, frames and encoders."""
 
+    def like(self, stored: Fingerprint) -> CacheRules:
+        """These rules, with what they leave open taken from a cache's fingerprint. Rules without this method leave
+        nothing open."""
+
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         """What is used of a crop of `length` frames."""
 

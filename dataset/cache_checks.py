@@ -72,7 +72,8 @@ def _expected(
     stored: Fingerprint, item: MediaItem | None, dataset: ImageDataset | VideoDataset, rules: CacheRules
 ) -> dict[str, str]:
     """What the fingerprint has to say about everything but the encoders."""
-    expected = dict(rules.settings(dataset))
+    complete = rules.like(stored) if hasattr(rules, "like") else rules
+    expected = dict(complete.settings(dataset))
     if source_size := _size(stored.get("source_size", "")):
         expected["size"] = _x(_bucket(source_size, dataset))
     if isinstance(dataset, VideoDataset) and "frame_rate" in stored:

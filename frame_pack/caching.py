@@ -83,6 +83,9 @@ class FramePackCacheRules:
             "image_embedding_source": "target" if source is None else f"control {source}",
         }
 
+    def like(self, stored: Fingerprint) -> FramePackCacheRules:
+        return self
+
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         return trim(length, self.window_of(dataset))
 
@@ -95,7 +98,7 @@ class FramePackCacheRules:
             return "it has no FramePack indices"
         num_controls = dataset.num_controls if isinstance(dataset, ImageDataset) else 0
         shown = settings_shown(frozenset(header.keys), indices, num_controls=num_controls)
-        expected = self.settings(dataset)
+        expected = self.like(shown).settings(dataset)
         differing = (name for name in shown if expected.get(name) != shown[name])
         return next((f"{name} is {shown[name]} in the cache, {expected.get(name)} now" for name in differing), None)
 

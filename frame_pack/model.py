@@ -12,9 +12,9 @@ HunyuanVideo (2024); diffusers' `HunyuanVideoFramepackTransformer3DModel`, with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -36,6 +36,8 @@ from frame_pack.layers import (
 )
 from frame_pack.rope import Rope, RopeScaling, concatenate, group_rope, unrotated
 from modules.attention import key_mask
+from modules.checkpointing import Checkpointing
+from modules.flow_matching import NUM_TIMESTEPS
 
 PATCH = 2  # rows and columns of a target token, in latent pixels
 
@@ -55,6 +57,14 @@ class Conditioning:
     """(B, 729, image_width) SigLIP states."""
     guidance: Tensor
     """(B,) distilled guidance scale times 1000."""
+
+
+def guidance_input(scale: float, batch: int) -> Tensor:
+    """(batch,) what the transformer is told about a distilled guidance scale.
+
+    The published pipeline rounds it to bfloat16 before it is embedded: a scale of 10 becomes 9984.
+    """
+    return torch.full((batch,), scale * NUM_TIMESTEPS).bfloat16().float()
 
 
 class StepInputs(NamedTuple):
@@ -98,6 +108,12 @@ class FramePackTransformer(nn.Module):
         self.norm_out = Modulation(config.width, 2)
         # The published model projects its result in float32, also when everything before is bfloat16.
         self.proj_out = Float32Linear(config.width, PATCH * PATCH * config.latent_channels)
+        self.checkpointing = Checkpointing()
+        """What is computed again when gradients are taken; nothing unless a trainer asks for it."""
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.transformer_blocks) + len(self.single_transformer_blocks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,11 +163,12 @@ class FramePackTransformer(nn.Module):
         image, text = torch.cat([prepared.clean_tokens, target], dim=1), inputs.text
         image_length, image_rope = image.shape[1], inputs.rope.first(image.shape[1])
 
-        doubles = zip(self._visit(self.transformer_blocks), inputs.double_image, inputs.double_text, strict=True)
+        doubles = zip(self._visit(self.transformer_blocks, 0), inputs.double_image, inputs.double_text, strict=True)
         for block, image_mod, text_mod in doubles:
             image, text = block(image, text, image_mod, text_mod, image_rope, mask)
         joined = torch.cat([image, text], dim=1)
-        for block, modulation in zip(self._visit(self.single_transformer_blocks), inputs.single, strict=True):
+        singles = self._visit(self.single_transformer_blocks, len(self.transformer_blocks))
+        for block, modulation in zip(singles, inputs.single, strict=True):
             joined = block(joined, modulation, inputs.rope, mask)
 
         scale, shift = inputs.final.chunk(2, dim=-1)
@@ -161,9 +178,10 @@ class FramePackTransformer(nn.Module):
         grid = {"t": frames, "h": height // PATCH, "w": width // PATCH, "c": channels, "p": PATCH, "q": PATCH}
         return rearrange(patches, "b (t h w) (c p q) -> b c t (h p) (w q)", **grid)
 
-    def _visit(self, blocks: nn.ModuleList) -> Iterator[nn.Module]:
-        """The one place where a block becomes the current one."""
-        yield from blocks
+    def _visit(self, blocks: nn.ModuleList, start: int) -> Iterator[Callable[..., Any]]:
+        """The one place where a block becomes the current one. `start`: the first one's number in the model."""
+        for number, block in enumerate(blocks, start):
+            yield self.checkpointing.of(block, number)
 
     def _embed_clean(self, context: PackedContext) -> Tensor:
         """(B, L_clean, D): coarse to fine, absent groups left out."""

@@ -17,7 +17,7 @@ from frame_pack.context import (
     section_context,
     section_paddings,
 )
-from frame_pack.model import Conditioning, FramePackTransformer
+from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
 from frame_pack.rope import RopeScaling
 from generation.pipeline import OnProgress, Progress
 from modules.flow_matching import NUM_TIMESTEPS, denoised, resolution_mu, shifted_sigmas
@@ -128,8 +128,7 @@ class _Sampler:
         return unipc(denoise, noise.to(transformer.device), sigmas).cpu()
 
     def _conditioning(self, context: PackedContext, text: TextStates, section: int) -> Conditioning:
-        # The published pipeline rounds guidance to bfloat16 before it is embedded: a scale of 10 becomes 9984.
-        guidance = torch.tensor([self._request.distilled_guidance * NUM_TIMESTEPS]).bfloat16().float()
+        guidance = guidance_input(self._request.distilled_guidance, 1)
         return Conditioning(
             context=context,
             text=text.llama[None],

@@ -34,6 +34,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.rank, self.dropout = rank, dropout
         self.multiplier = 1.0
+        self.compute_dtype: torch.dtype | None = None
+        """Half precision to compute in with float32 parameters; None computes in the parameters' own type."""
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.scale = _scale(alpha, rank)
         self.register_load_state_dict_post_hook(_follow_loaded_alpha)
@@ -74,14 +76,16 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What to add to the layer's output."""
-        # Float32 parameters meet a bfloat16 model outside autocast too: in generation, and in models under test.
-        if x.dtype != self.dtype and not _is_autocast(x.device.type):
-            x = x.to(self.dtype)
         scale = self.scale * self.multiplier
         if self.training and self.dropout.module:
             # A factor and no branch: the same graph in every step, the same gradients on every process.
             scale = scale * (torch.rand((), device=x.device) >= self.dropout.module)
-        return self.change(x, scale)
+        if self.compute_dtype is None:
+            # Float32 parameters meet a bfloat16 model outside autocast too: in generation, and in models under test.
+            return self.change(x if _is_autocast(x.device.type) else x.to(self.dtype), scale)
+        # Around the adapters only: the model itself then computes in training as it does in generation.
+        with torch.autocast(x.device.type, dtype=self.compute_dtype):
+            return self.change(x, scale)
 
     @property
     def dtype(self) -> torch.dtype:

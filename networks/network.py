@@ -71,6 +71,15 @@ class Network(nn.Module):
         for adapter in self.adapters.values():
             adapter.multiplier = self._multiplier
 
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Lets the adapters compute in half precision while their parameters stay float32: mixed precision.
+
+        Args:
+            dtype: float16 or bfloat16; None computes in the parameters' type.
+        """
+        for adapter in self.adapters.values():
+            adapter.compute_dtype = dtype
+
     def apply_to(self, transformer: nn.Module) -> None:
         """Makes the layers of `transformer` add what the adapters give, until `remove`.
 

@@ -12,6 +12,7 @@ def flag(
     not_yet: tuple[str, ...] = (),
     alias: str | None = None,
     repeats: bool = False,
+    secret: bool = False,
 ) -> Any:
     """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
 
@@ -20,11 +21,12 @@ def flag(
         not_yet: choices that are known, but not available yet.
         alias: an older name of the flag, without dashes.
         repeats: a list that goes on when the flag is given again; otherwise the last one wins.
+        secret: a password or token, which is written nowhere.
     """
-    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats}
+    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats, "secret": secret}
     return field(default=MISSING if required else default, metadata=metadata)
 
 
-def later(help: str, *, default: Any = None) -> Any:
+def later(help: str, *, default: Any = None, alias: str | None = None) -> Any:
     """A flag that users know and that this version answers with "not available yet"."""
-    return field(default=default, metadata={"help": f"{help} (not available yet)", "later": True})
+    return field(default=default, metadata={"help": f"{help} (not available yet)", "later": True, "alias": alias})

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -136,6 +136,53 @@ def test_nested_dataclasses_become_one_flat_command_line():
     flags = parse(Outer, description="", argv=["--size", "3", "4", "--names", "x", "y", "--manner", "b"])
     assert flags == Outer(inner=Inner(size=(3, 4), mode="b"), names=("x", "y"))
     assert parse(Outer, description="", argv=[]) == Outer(inner=Inner())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Angle:
+    degrees: float
+    expected: ClassVar[str] = "an angle such as 90deg"
+
+    @classmethod
+    def parse(cls, text: str) -> "Angle":
+        if not text.endswith("deg"):
+            raise ValueError(text)
+        return cls(degrees=float(text.removesuffix("deg")))
+
+    def __str__(self) -> str:
+        return f"{self.degrees:g}deg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    turn: Angle = flag("how far", default=Angle(degrees=0))
+    turns: tuple[Angle, ...] = flag("one after the other", default=())
+    start: Angle | None = flag("from where")
+    source: str = flag("what", required=True, alias="src")
+    target: str = flag("into what", required=True)
+
+
+def test_a_flags_type_may_read_its_own_text(capsys):
+    argv = ["--turn", "90deg", "--turns", "-1deg", "2deg", "--start", "5deg", "--src", "a", "--target", "b"]
+    flags = parse(Turned, description="", argv=argv)
+    assert flags.turns == (Angle(degrees=-1), Angle(degrees=2))
+    assert (flags.turn, flags.start, flags.source) == (Angle(degrees=90), Angle(degrees=5), "a")
+    for text in ("90", "xdeg"):
+        with pytest.raises(UserError, match=f"--turn: got {text}; expected an angle such as 90deg"):
+            parse(Turned, description="", argv=["--turn", text])
+    with pytest.raises(SystemExit):
+        parse(Turned, description="", argv=["--help"])
+    assert "how far (default: 0deg)" in capsys.readouterr().out
+
+
+def test_all_missing_required_flags_are_named():
+    with pytest.raises(UserError, match="^--source, --target: got nothing"):
+        parse(Turned, description="", argv=[])
+
+
+def test_a_misspelt_flag_is_named_rather_than_the_one_that_it_stood_for():
+    with pytest.raises(UserError, match="did you mean --target"):
+        parse(Turned, description="", argv=["--src", "a", "--targte", "b"])
 
 
 def test_a_user_error_becomes_one_line_on_stderr_and_exit_code_two(capsys):

@@ -104,8 +104,8 @@ def test_sheet_without_any_system_font_still_works(monkeypatch):
 def test_font_that_covers_the_labels_is_taken_when_there_is_one():
     if sheets._system_font("DejaVuSans.ttf", 14) is None:
         pytest.skip("no such font here")
-    assert sheets._font("Кошка", 14).getname()[0] == "DejaVu Sans"
-    assert sheets._font("cat", 14) is sheets._built_in(14)
+    assert sheets.font_for("Кошка", 14).getname()[0] == "DejaVu Sans"
+    assert sheets.font_for("cat", 14) is sheets._built_in(14)
 
 
 def test_same_cells_give_the_same_sheet():

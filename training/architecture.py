@@ -1,0 +1,67 @@
+"""What the trainer needs to know of a model family. See `frame_pack/architecture.py` for one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.weights import Checkpoint
+from dataset.architecture import CacheRules
+from dataset.cached_items import CachingScripts
+from dataset.training_dataset import TrainBatch
+from generation.pipeline import Pipeline
+from modules.checkpointing import Checkpointing
+from networks.lora_merge import LoraMerge
+
+
+class Transformer(Protocol):
+    """What every trained model has besides being a module."""
+
+    checkpointing: Checkpointing
+    num_blocks: int
+
+
+class Architecture(Protocol):
+    """One model family, opened: headers are checked, no weight has been read."""
+
+    version: str
+    """`framepack` or `wan`: what LoRA files call the base model."""
+    model_name: str
+    """`framepack` or `wan2.1`: what modelspec calls it."""
+    implementation: str
+    """The address of its published code."""
+    rules: CacheRules
+    scripts: CachingScripts
+    """Which make the caches."""
+    checkpoint: Checkpoint
+    """The transformer's."""
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer on the meta device: what a network can be tried on before weights are loaded."""
+
+    def check_batch(self, contents: frozenset[str]) -> None:
+        """Raises UserError when what is cached lacks something that `predict_velocity` needs."""
+
+    def load_transformer(self, *, dtype: torch.dtype, device: torch.device, merge: LoraMerge) -> nn.Module:
+        """The frozen transformer, a `Transformer` too."""
+
+    def predict_velocity(self, transformer: nn.Module, noisy: Tensor, sigmas: Tensor, batch: TrainBatch) -> Tensor:
+        """What `transformer` says noise - latents is.
+
+        Args:
+            noisy: (B, C, F, h, w) float32, on the transformer's device.
+            sigmas: (B,) in [0, 1], likewise.
+            batch: on the CPU, as it was cached.
+
+        Returns:
+            (B, C, F, h, w), float32.
+        """
+
+    def pipeline(self, *, dtype: torch.dtype, device: torch.device, transformer: nn.Module | None) -> Pipeline:
+        """Generation with the models of the command line and, but for encoding, a transformer that is lent.
+
+        Raises:
+            UserError: a model is not given, missing, damaged, or another one than its flag says.
+        """
