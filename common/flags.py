@@ -65,6 +65,7 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
         group = parser.add_argument_group(title)
         for name, field, annotation in _own_fields(group_class):
             _add(group, name, field, annotation)
+    parser.usage += "".join(f" {name} [{name} ...]" for name in parser.positionals)
     values = vars(parser.parse(sys.argv[1:] if argv is None else argv))
     return _build(flags_class, values)
 
@@ -72,8 +73,13 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`s."""
 
+    @property
+    def positionals(self) -> list[str]:
+        return [action.dest for action in self._get_positional_actions()]
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(argv)
+        parse = self.parse_known_intermixed_args if self.positionals else self.parse_known_args
+        namespace, unknown = parse(argv)
         if unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             name = unknown[0].partition("=")[0]
@@ -109,7 +115,7 @@ def _fields(flags_class: type) -> list[tuple[Field, Any]]:
 def _own_fields(flags_class: type) -> Iterator[tuple[str, Field, Any]]:
     for field, annotation in _fields(flags_class):
         if not is_dataclass(annotation):
-            yield f"--{field.name}", field, annotation
+            yield field.name if field.metadata.get("positional") else f"--{field.name}", field, annotation
 
 
 def _add(group: argparse._ArgumentGroup, name: str, field: Field, annotation: Any) -> None:
@@ -132,6 +138,9 @@ def _add(group: argparse._ArgumentGroup, name: str, field: Field, annotation: An
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[value_type]
     convert = _converter(name, field, value_type, choices)
     action = "extend" if field.metadata.get("repeats") else "store"
+    if field.metadata.get("positional"):  # argparse has its own ways to say these two
+        del common["dest"], common["required"]
+        nargs, metavar = "*" if field.default is not MISSING else "+", None
     group.add_argument(*names, action=action, type=convert, nargs=nargs, metavar=metavar, **common)
 
 

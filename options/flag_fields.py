@@ -12,6 +12,7 @@ def flag(
     not_yet: tuple[str, ...] = (),
     alias: str | None = None,
     repeats: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
 
@@ -20,8 +21,9 @@ def flag(
         not_yet: choices that are known, but not available yet.
         alias: an older name of the flag, without dashes.
         repeats: a list that goes on when the flag is given again; otherwise the last one wins.
+        positional: given without a flag in front, before, after or between the options.
     """
-    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats}
+    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats, "positional": positional}
     return field(default=MISSING if required else default, metadata=metadata)
 
 
