@@ -36,7 +36,7 @@ def merge_into_model(flags: MergeLoraFlags, choices: Sequence[LoraChoice]) -> No
     from common.weights import open_checkpoint
     from networks.lora_merge import merge_into_file
 
-    checkpoint = open_checkpoint(flags.dit, flag="--dit", subfolder="transformer")
+    checkpoint = open_checkpoint(flags.dit, flag="--dit")
     device, flag = pick_device(flags.device), "--save_merged_model"
     merge_into_file(checkpoint, choices, flags.save_merged_model, device=device, flag=flag)
 
@@ -45,10 +45,11 @@ def merge_into_lora(flags: MergeLoraFlags, choices: Sequence[LoraChoice]) -> Non
     from common.device import pick_device, pick_dtype
     from networks.lora_combine import combine_files
 
-    device = pick_device(flags.device)
-    dtype = pick_dtype(flags.save_precision, on_gpu="float32", device=device)
-    output, flag = flags.save_merged_lora, "--save_merged_lora"
-    combine_files(choices, output, rank=flags.rank, dtype=dtype, device=device, flag=flag)
+    device, output = pick_device(flags.device), flags.save_merged_lora
+    dtype = pick_dtype(flags.save_precision, on_gpu=flags.save_precision, device=device)
+    # Other devices than these two lack float64 or decompositions.
+    device = device if device.type == "cuda" else "cpu"
+    combine_files(choices, output, rank=flags.rank, dtype=dtype, device=device, flag="--save_merged_lora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
         usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # Values such as "-1:last.png;;;0:first.png" begin with a minus and a digit; no option does.
-    parser._negative_number_matcher = re.compile(r"-\d")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     for title, group_class in _groups(flags_class):
         group = parser.add_argument_group(title)
         for name, field, annotation in _own_fields(group_class):

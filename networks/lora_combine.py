@@ -165,6 +165,9 @@ def _check_module(lora: LoraFile, name: str, shape: tuple[int, ...], rank: int |
     if rank is None and factors.kind != "lora":
         remedy = "give --rank: the closest LoRA of that rank is made"
         raise UserError(lora.where, f"{key}, a {factors.kind}", "LoRA only, whose ranks add up", remedy)
+    if not all(tensor.float().isfinite().all() for tensor in factors.tensors.values()):
+        remedy = "the file is damaged, or its training failed"
+        raise UserError(lora.where, f"{key} with infinite numbers or NaN", "finite numbers", remedy)
 
 
 def reduce_rank(parts: Sequence[Part], shape: tuple[int, ...], rank: int, device: torch.device | str) -> Combined:
@@ -273,8 +276,8 @@ def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             name = str(dtype).removeprefix("torch.")
-            remedy = "use fp32 or bf16" if dtype == torch.float16 else "check the LoRAs and multipliers"
-            raise UserError("--save_precision", f"{name}, in which {key} is not finite", "finite numbers", remedy)
+            remedy = "use fp32 or bf16" if dtype == torch.float16 else "give smaller multipliers"
+            raise UserError("--save_precision", f"{name}, too small for {key}", "a type that can hold it", remedy)
 
 
 def _metadata(loras: Sequence[tuple[LoraFile, float]], ranks: set[int]) -> dict[str, str]:

@@ -201,7 +201,9 @@ def _factors(
         got = f"{key} of {error.got}" if error.part in keys else key
         raise UserError(where, got, error.expected, "the file is incomplete or damaged") from error
     except ValueError as error:
-        raise UserError(where, f"{first} with {error}", "a scale that its factors can have", "the file cannot be used") from error
+        raise UserError(
+            where, f"{first} with {error}", "a scale that its factors can have", "the file cannot be used"
+        ) from error
     return factors
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from torch import nn
 
 from common.weights import Checkpoint
-from networks.lora_formats import LoraFile, read_lora
+from networks.lora_formats import read_lora
 from networks.lora_matching import match
 from networks.lora_merge import report
 from networks.network import Network
-from networks.rebuild import network_for
-from options.errors import UserError
+from networks.rebuild import check_can_be_applied, network_for
 from options.lora import PromptLora
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,10 @@ class PromptLoras:
         for lora in loras:
             if (key := _key(lora.path)) in self._checked:
                 continue
-            file = read_lora(lora.path, flag=FLAG, shapes_only=True)
-            _check_can_be_applied(file)
-            report(match(file, self._checkpoint.shapes), lora.multiplier)
+            shapes = self._checkpoint.shapes
+            matched = match(read_lora(lora.path, flag=FLAG, shapes_only=True), shapes)
+            check_can_be_applied(matched, shapes)
+            report(matched, lora.multiplier)
             self._checked.add(key)
 
     @contextmanager
@@ -76,13 +76,6 @@ class PromptLoras:
             for network in applied:
                 network.remove()
                 network.to("cpu")
-
-
-def _check_can_be_applied(file: LoraFile) -> None:
-    """Raises UserError for rows of a LoKr, which have no factors of their own."""
-    if name := next((name for name, factors in file.modules.items() if factors.rows), None):
-        got = f"{file.sources[name]}, a LoKr of a fused layer that {file.dotted[name]} is only a part of"
-        raise UserError(file.where, got, "factors for every layer", "merge it with --lora_weight instead")
 
 
 def _key(path: str) -> FileKey:

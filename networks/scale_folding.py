@@ -47,10 +47,11 @@ def fold(factors: Factors) -> Folded:
         return Folded(factors=factors, rest=1.0, record=None)
     part, scale = _carrier(factors), factors.scale
     original = factors.tensors[part]
-    folded = _exact_product(original, scale)
+    folded, portion = _exact_product(original, scale), scale
     if folded is None and factors.kind == "lokr":
         folded = original.float() * scale
-    portion = 1.0 if folded is None else scale
+    elif folded is None:
+        folded, portion = original, 1.0
     record = {
         "alpha": float(factors.alpha),
         "alpha_dtype": _name(factors.alpha.dtype),
@@ -58,9 +59,8 @@ def fold(factors: Factors) -> Folded:
         "folded": portion,
         "rank": factors.rank,
     }
-    tensors = factors.tensors if folded is None else {**factors.tensors, part: folded}
-    plain = replace(factors, tensors=tensors, alpha=None)
-    return Folded(factors=plain, rest=scale if folded is None else 1.0, record=record if portion else None)
+    plain = replace(factors, tensors={**factors.tensors, part: folded}, alpha=None)
+    return Folded(factors=plain, rest=1.0 if portion == scale else scale, record=record if portion else None)
 
 
 def _carrier(factors: Factors) -> str:

@@ -76,8 +76,6 @@ def test_every_flag_of_the_incumbent_exists(name, capsys):
         ["--fp8_scaled"],
         ["--fp8_llm"],
         ["--blocks_to_swap", "20"],
-        ["--lora_weight", "a.safetensors"],
-        ["--lora_multiplier", "0.5"],
         ["--compile"],
         ["--magcache_mag_ratios", "0"],
         ["--attn_mode", "flash"],

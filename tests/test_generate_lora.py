@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ TINY = ("--video_size", "32", "32", "--infer_steps", "2", "--one_frame_inference
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(demo_models) -> list[str]:
     names = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
     return [part for name in names for part in (f"--{name}", str(getattr(demo_models, name)))]
@@ -36,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cat(folder: Path) -> str:
-    return shutil.copy(Path(data_dir) / "chelsea.png", folder / "猫.png")
+    return str(shutil.copy(Path(data_dir) / "chelsea.png", folder / "猫.png"))
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +55,13 @@ def loras(demo_models, folder: Path) -> dict[str, str]:
     return paths
 
 
-@pytest.fixture
-def latents(models, cat, tmp_path) -> Callable[..., list[torch.Tensor]]:
-    """Runs the script and returns the latents that it saved, in order."""
-    count = 0
+@pytest.fixture(scope="module")
+def latents(models, cat, folder) -> Callable[..., list[torch.Tensor]]:
+    """Runs the script, once for the same arguments, and returns the latents that it saved, in order."""
 
+    @cache
     def make(*argv: str) -> list[torch.Tensor]:
-        nonlocal count
-        count += 1
-        output = tmp_path / str(count)
+        output = folder / f"結果 {make.cache_info().currsize}"
         common = [*models, *TINY, "--image_path", cat, "--save_path", str(output), "--output_type", "latent"]
         assert fpack_generate_video.main([*common, *argv]) == 0
         return [load_latents(path, flag="x")[0] for path in sorted(output.glob("*.safetensors"))]
