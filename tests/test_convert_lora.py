@@ -372,11 +372,11 @@ def test_a_record_is_passed_over_when_another_program_has_added_an_alpha(shapes,
     name = "transformer.single_transformer_blocks.0.attn.to_q"
     tensors = load_file(other) | {f"{name}.alpha": torch.tensor(3.0)}
     save_file(tensors, tmp_path / "theirs.safetensors", metadata_of(other))
-    delta = (
-        read_lora(tmp_path / "theirs.safetensors", flag="--lora_weight")
-        .modules["lora_unet_single_transformer_blocks_0_attn_to_q"]
-        .delta()
+    checked, read = (
+        read_lora(tmp_path / "theirs.safetensors", flag="--lora_weight", shapes_only=b) for b in (True, False)
     )
+    assert checked.modules.keys() == read.modules.keys()
+    delta = read.modules["lora_unet_single_transformer_blocks_0_attn_to_q"].delta()
     torch.testing.assert_close(delta, tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"] * 3 / 4)
 
 

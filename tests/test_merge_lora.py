@@ -193,6 +193,15 @@ def test_a_pointwise_convolution_joins_a_linear_layer(turned: bool, tmp_path: Pa
     torch.testing.assert_close(found.reshape(OUT, IN), expected)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_flattened_convolution_joins_one_with_a_kernel(turned: bool, tmp_path: Path) -> None:
+    module, shape = "clean_x_embedder.proj", (8, 3, 1, 2, 2)
+    loras = read_all(tmp_path, lora(module, shape=(8, 12)), lora(module, shape=shape))
+    tensors, _ = combine([(file, 1.0) for file in (reversed(loras) if turned else loras)], rank=None)
+    (found,) = deltas(saved(tmp_path / "out.safetensors", tensors)).values()
+    torch.testing.assert_close(found, sum(file.modules[native(module)].delta(shape) for file in loras))
+
+
 def test_other_formats_and_split_layers_come_together(tmp_path: Path) -> None:
     """A HunyuanVideo LoRA, whose fused layer is four of FramePack's, and a native one of one of these."""
     down, up = torch.randn(4, 16), torch.randn(7 * 16, 4)
@@ -288,9 +297,23 @@ def test_loras_that_cancel_out_can_be_cut(tmp_path: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         (found,) = deltas(saved(tmp_path / "out.safetensors", tensors)).values()
         assert found.abs().max() < 1e-4
-    zero = {key: tensor * 0 for key, tensor in lora(FIRST).items()}
-    (file,) = read_all(tmp_path, zero)
-    assert all(tensor.isfinite().all() for tensor in combine([(file, 1.0)], rank=2)[0].values())
+
+
+@pytest.mark.parametrize("num_files", [1, 4])
+def test_a_lora_of_zeros_loses_nothing(num_files: int, tmp_path: Path) -> None:
+    """One is cut by its thin factors, four are as wide as the layer."""
+    (file,) = read_all(tmp_path, {key: tensor * 0 for key, tensor in lora(FIRST, alpha=None).items()})
+    module = reduce_rank([(file.modules[native(FIRST)], 1.0)] * num_files, (OUT, IN), 2, "cpu")
+    assert module.error == 0
+    assert not module.up.any() and not module.down.any()
+
+
+def test_a_rank_beyond_the_deltas_own_stays_finite(tmp_path: Path) -> None:
+    """As wide as the layer only because the same columns come twice."""
+    (file,) = read_all(tmp_path, lora(FIRST, 8))
+    pairs = [(file, 1.0), (file, 0.5)]
+    tensors, _ = combine(pairs, rank=12)
+    assert_does(saved(tmp_path / "out.safetensors", tensors), summed(pairs), 1e-5)
 
 
 def test_the_log_says_how_much_is_left_out(tmp_path: Path, caplog) -> None:
@@ -334,6 +357,7 @@ def test_metadata_is_what_all_files_say_alike_and_where_it_comes_from(tmp_path: 
     output = combined(tmp_path / "out.safetensors", first, second, "--lora_multiplier", 0.5)
     metadata = metadata_of(output)
     hashes = {key: metadata.pop(key) for key in ("sshs_model_hash", "sshs_legacy_hash")}
+    assert "顔" in metadata["combined_loras"]
     made_of = [{"name": "顔.safetensors", "multiplier": 0.5}, {"name": "b.safetensors", "multiplier": 1.0}]
     assert json.loads(metadata.pop("combined_loras")) == made_of
     assert metadata == {"ss_base_model_version": "framepack", "ss_network_dim": "8", "ss_network_alpha": "8"}
@@ -519,6 +543,13 @@ def test_flags_without_effect_are_named(path: Path, caplog) -> None:
     assert "no effect" not in caplog.text
     combined(output, path, "--dit", "x", "--dit_in_channels", 16)
     assert "--dit has no effect" in caplog.text and "--dit_in_channels has no effect" in caplog.text
+
+
+def test_flags_of_the_other_output_are_named(demo_models, tmp_path: Path, caplog) -> None:
+    paths, output = lora_of_the_demo(demo_models.dit, tmp_path), tmp_path / "out.safetensors"
+    options = ["--dit", demo_models.dit, "--lora_weight", *paths, "--save_merged_model", output, "--device", "cpu"]
+    assert run(*options, "--rank", 4, "--save_precision", "bf16") == 0
+    assert "--rank has no effect" in caplog.text and "--save_precision has no effect" in caplog.text
 
 
 def test_what_is_not_used_is_named(path: Path, caplog) -> None:

@@ -130,8 +130,8 @@ def test_the_average_is_the_weighted_sum_oldest_first(name: str, five: list[Path
 
 
 def test_no_sort_keeps_the_given_order(five: list[Path]) -> None:
-    given = [five[i] for i in (3, 0, 4)]
-    assert_equal(averaged(given, "--no_sort", "--beta", 0.5), weighted(given, [0.25, 0.25, 0.5]))
+    given = [five[i] for i in (4, 0, 3)]
+    assert_equal(averaged(given, "--no_sort", "--beta", 0.8), weighted(given, [0.64, 0.16, 0.2]))
 
 
 def test_the_log_names_each_file_with_its_weight_in_order(five: list[Path], caplog) -> None:
@@ -150,6 +150,11 @@ def test_options_may_stand_between_files(five: list[Path]) -> None:
 def test_patterns_are_expanded_where_the_shell_does_not(five: list[Path]) -> None:
     pattern = five[0].parent / "学習*.safetensors"
     assert_equal(averaged([pattern], "--beta", 0.5), weighted(five, [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]))
+
+
+def test_a_file_that_is_named_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    paths = saved(tmp_path, {"a[1]": lora(0), "a1": lora(1), "b": lora(2)})
+    assert_equal(averaged([paths[0], paths[2]], "--beta", 0.5), weighted([paths[0], paths[2]], [0.5, 0.5]))
 
 
 def test_sums_are_in_float32_and_types_those_of_the_first_file(tmp_path: Path) -> None:
@@ -267,6 +272,11 @@ def test_an_input_is_not_overwritten(five: list[Path], capsys, monkeypatch) -> N
     for name in (five[2], five[2].name):
         assert complaint(capsys, *five, "--output_file", name).startswith("--output_file: got")
     assert five[2].read_bytes() == before
+
+
+def test_an_output_that_nobody_could_load_is_refused(five: list[Path], capsys) -> None:
+    for name in ("ema.pt", "ema"):
+        assert complaint(capsys, *five, "--output_file", five[0].with_name(name)).startswith("--output_file: got")
 
 
 def test_one_file_is_not_enough_and_a_missing_one_is_named(five: list[Path], capsys) -> None:
