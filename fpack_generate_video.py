@@ -8,6 +8,7 @@ One picture from a start image ("one-frame inference"):
         --video_size 640 640 --output_type images --save_path out --seed 1
 
 For a video, leave out --one_frame_inference and --control_image_path, and give --video_seconds or --video_sections.
+With LoRAs: --lora_weight style.safetensors --lora_multiplier 0.8; a prompt line may name its own with --lora.
 For many prompts: --from_file prompts.txt, --interactive, or --sweep target_index=1..9.
 """
 
@@ -15,18 +16,23 @@ import sys
 from collections.abc import Sequence
 
 from common.flags import run_script
+from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
+from options.lora import lora_choices
 
 
 def open_pipeline(flags: FramePackGenerateFlags):
     """The pipeline, with all models' headers checked and no weight read."""
     from frame_pack.loading import open_models
     from frame_pack.pipeline import Compute, FramePackPipeline
+    from networks.lora_merge import plan_merge
 
+    choices = lora_choices(flags.lora)
     checkpoints = open_models(flags.models)
+    merge = plan_merge(choices, checkpoints.transformer)
     tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
     compute, keep = Compute.from_flags(flags.compute), flags.series.interactive
-    return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep)
+    return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
 
 
 def decode_saved(flags: FramePackGenerateFlags) -> int:
@@ -35,7 +41,22 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
     return decode_saved(flags)
 
 
+def save_merged_model(flags: FramePackGenerateFlags) -> None:
+    """The transformer with its LoRAs as a file; no other model is needed."""
+    from common.device import pick_device
+    from frame_pack.loading import open_transformer
+    from networks.lora_merge import merge_into_file
+
+    if flags.models.dit is None:
+        raise UserError("--dit", "nothing", "a checkpoint file or folder", "give --dit")
+    choices, output = lora_choices(flags.lora), flags.lora.save_merged_model
+    checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
+    merge_into_file(checkpoint, choices, output, device=pick_device(flags.compute.device), flag="--save_merged_model")
+
+
 def generate(flags: FramePackGenerateFlags) -> int:
+    if flags.lora.save_merged_model is not None:
+        return save_merged_model(flags)
     from frame_pack.config import FAMILY
     from generation.session import run_session
 

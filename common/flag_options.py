@@ -57,6 +57,15 @@ class Option:
         return [self.name, alias] if alias else [self.name]
 
     @property
+    def flag(self) -> str:
+        """As it stands on a command line; a positional one has no dashes."""
+        return self.name if self.is_positional else f"--{self.name}"
+
+    @property
+    def is_positional(self) -> bool:
+        return bool(self.metadata.get("positional"))
+
+    @property
     def is_later(self) -> bool:
         return bool(self.metadata.get("later"))
 

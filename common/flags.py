@@ -69,12 +69,13 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
         usage="%(prog)s [options]", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # Values such as "-1:last.png;;;0:first.png" begin with a minus and a digit; no option does.
-    parser._negative_number_matcher = re.compile(r"-\d")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     options = options_of(flags_class)
     for title, members in groupby(options, key=lambda option: option.group):
         group = parser.add_argument_group(title.replace("_", " "))
         for option in members:
             _add(group, option)
+    parser.usage += "".join(f" {name} [{name} ...]" for name in parser.positionals)
     values = vars(parser.parse(sys.argv[1:] if argv is None else argv))
     if "config_file" in values:
         values = {**read_config(values["config_file"], options), **values}
@@ -85,8 +86,13 @@ def parse(flags_class: type[Flags], *, description: str, argv: Sequence[str] | N
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are `UserError`s."""
 
+    @property
+    def positionals(self) -> list[str]:
+        return [action.dest for action in self._get_positional_actions()]
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(argv)
+        parse = self.parse_known_intermixed_args if self.positionals else self.parse_known_args
+        namespace, unknown = parse(argv)
         if unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             name = unknown[0].partition("=")[0]
@@ -112,7 +118,12 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(*names, action=_switch(option), nargs=0, **common)
         return
     action = "extend" if option.metadata.get("repeats") else "store"
-    convert = partial(option.convert, where=names[0])
+    convert = partial(option.convert, where=option.flag)
+    if option.is_positional:
+        # Optional to argparse, which has its own way of complaining.
+        del common["dest"]
+        group.add_argument(option.name, action=action, type=convert, nargs="*", **common)
+        return
     group.add_argument(*names, action=action, type=convert, nargs=option.num_values, metavar=option.metavar, **common)
 
 
@@ -129,7 +140,7 @@ def _switch(option: Option) -> type[argparse.Action]:
 
 
 def _check_required(options: Sequence[Option], values: Mapping[str, Any]) -> None:
-    missing = ", ".join(f"--{option.name}" for option in options if option.is_required and option.name not in values)
+    missing = ", ".join(option.flag for option in options if option.is_required and option.name not in values)
     if missing:
         raise UserError(missing, "nothing", "a value", f"give {missing}")
 

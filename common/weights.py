@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import struct
@@ -53,6 +54,12 @@ class TensorInfo:
     """As safetensors spells it (`BF16`, `F32`), for pickles as torch does (`bfloat16`)."""
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        name = TORCH_DTYPES.get(self.dtype, self.dtype)
+        bits = 8 if name == "bool" else int(re.sub(r"\D*(\d+).*", r"\1", name))
+        return math.prod(self.shape) * bits // 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -72,6 +79,11 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors as they are stored."""
+        return sum(info.num_bytes for info in self.tensors.values())
 
     def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
         """The shape of a tensor from which a dimension of the model is read.
@@ -283,7 +295,12 @@ def check_names_and_shapes(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def load_weights(
-    module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: torch.device | str
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Fills `module` (its parameters may be on the meta device) from `checkpoint`, strictly, and freezes it.
 
@@ -291,6 +308,7 @@ def load_weights(
 
     Args:
         dtype: the type for floating-point tensors; None keeps the file's.
+        change: what is done to each tensor before it is cast: LoRAs are merged here.
 
     Raises:
         UserError: as `check_names_and_shapes`, before anything is read.
@@ -302,7 +320,7 @@ def load_weights(
     num_bytes = 0
     progress = tqdm(checkpoint.read(), total=len(checkpoint.tensors), desc=checkpoint.flag, leave=False, disable=None)
     for name, tensor in progress:
-        target = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        target = change(name, tensor).to(device, (dtype or tensor.dtype) if tensor.is_floating_point() else None)
         num_bytes += target.numel() * target.element_size()
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from common.media import read_video
 from common.sheets import BACKGROUND, MARGIN, contact_sheet, tiled
 from demo.data_set import DataSet, caching_commands, write_data_set
+from demo.loras import write_colour_lora
 from demo.material import Material, write_material
 from demo.models import ModelPaths, build_models
 
@@ -29,6 +30,7 @@ PICTURE_SIZE, SWEEP_SIZE, VIDEO_SIZE = (256, 256), (192, 192), (128, 160)
 """Heights and widths."""
 SWEEP = "target_index=1,9,13,20,30"
 SWEEP_STEPS = 12
+LORA_SWEEP = "lora=0,0.5,1"
 NUM_VIDEO_CELLS = 4
 KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
 NUM_COLOURS = 256
@@ -62,6 +64,8 @@ class Run:
     pictures: tuple[Path, ...]
     """One for each line."""
     sweep: Path
+    lora: Path
+    """A sweep too."""
     video: Path
     data_set: DataSet
 
@@ -84,7 +88,7 @@ def lines(material: Material) -> tuple[Line, ...]:
 
 
 def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
-    """Calls the scripts for the prompt file, the sweep, the video and the data set.
+    """Calls the scripts for the prompt file, the sweeps, the video and the data set.
 
     Raises:
         subprocess.CalledProcessError: a script failed.
@@ -97,6 +101,8 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
     pictures = ("--output_type", "images")
     _generate(models, PICTURE_SIZE, results / "one_frame", "--from_file", str(prompts), *pictures)
     _generate(models, SWEEP_SIZE, results / "sweep", *sweep_arguments(material), *pictures)
+    lora = write_colour_lora(results / "colours.safetensors")
+    _generate(models, SWEEP_SIZE, results / "lora", *lora_arguments(material, lora), *pictures)
     video = ("--prompt", "The cat blinks.", "--image_path", str(material.chelsea), "--video_sections", "2")
     _generate(models, VIDEO_SIZE, results / "video", *video, "--output_type", "video")
     data_set = write_data_set(results / "data_set", material)
@@ -104,8 +110,9 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
         _call(command)
     # Names begin with the time, so their order is the order of the lines.
     made = tuple(sorted((results / "one_frame").glob("*.png")))
-    (sweep,), (video_path,) = (results / "sweep").glob("*_sweep.png"), (results / "video").glob("*.mp4")
-    return Run(pictures=made, sweep=sweep, video=video_path, data_set=data_set)
+    sweep, swept_lora = (next((results / name).glob("*_sweep.png")) for name in ("sweep", "lora"))
+    (video_path,) = (results / "video").glob("*.mp4")
+    return Run(pictures=made, sweep=sweep, lora=swept_lora, video=video_path, data_set=data_set)
 
 
 def sweep_arguments(material: Material) -> tuple[str, ...]:
@@ -115,6 +122,15 @@ def sweep_arguments(material: Material) -> tuple[str, ...]:
         *("--prompt", "A cat and a cup.", "--image_path", controls[0], "--control_image_path", *controls),
         *("--one_frame_inference", "control_index=0;10,no_2x,no_4x,no_post"),
         *("--sweep", SWEEP, "--infer_steps", str(SWEEP_STEPS)),
+    )
+
+
+def lora_arguments(material: Material, lora: Path) -> tuple[str, ...]:
+    """The same picture without a LoRA, with some of it, and with all of it."""
+    return (
+        *("--prompt", "A cat.", "--image_path", str(material.chelsea), "--control_image_path", str(material.chelsea)),
+        *("--one_frame_inference", "default", "--lora", str(lora), "--sweep", LORA_SWEEP),
+        *("--infer_steps", str(SWEEP_STEPS)),
     )
 
 
@@ -147,6 +163,11 @@ def one_frame_sheets(material: Material, run: Run) -> dict[str, Image.Image]:
         "1f-mc": contact_sheet(blended, columns=3, title="1f-mc"),
         "kisekaeichi": contact_sheet(kisekaeichi, columns=7, cell_width=180, title="Kisekaeichi"),
         "sweep": tiled([[swept], [Image.open(run.sweep)]]),
+        "lora": contact_sheet(
+            [(f"A LoRA that exchanges colours: {LORA_SWEEP}", Image.open(run.lora))],
+            columns=1,
+            cell_width=Image.open(run.lora).width,
+        ),
     }
 
 
@@ -198,13 +219,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo: got exit code {error.returncode} from the command above; expected 0", file=sys.stderr)
         return 1
     made, video, data_set = one_frame_sheets(material, run), video_sheet(material, run), data_set_sheet(run)
-    one_frame, blend, kisekaeichi, sweep = made.values()
+    one_frame, blend, kisekaeichi, sweep, lora = made.values()
     sheet_path = output / "contact_sheet.png"
-    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [video], [data_set]]).save(sheet_path)
+    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [lora], [video], [data_set]]).save(
+        sheet_path
+    )
     pictures = save_sheets({**made, "data_set_preview": data_set}, options.pictures or output / "pictures")
     print(NOTE)
     print(f"\nDone in {time.monotonic() - start:.0f} seconds. Made:")
-    for path in (*run.pictures, run.sweep, run.video, *run.data_set.previews, *pictures, sheet_path):
+    for path in (*run.pictures, run.sweep, run.lora, run.video, *run.data_set.previews, *pictures, sheet_path):
         print(f"  {path}")
     return 0
 

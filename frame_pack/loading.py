@@ -14,6 +14,7 @@ from frame_pack.image_encoder import build_siglip, open_siglip
 from frame_pack.model import FramePackTransformer
 from hunyuan_model.text_encoders import build_clip, build_llama, find_tokenizer, open_clip, open_llama
 from hunyuan_model.vae import build_vae, open_vae
+from networks.lora_merge import LoraMerge
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackModelFlags
 
@@ -90,8 +91,14 @@ def build_transformer(checkpoint: Checkpoint) -> FramePackTransformer:
     return empty_model(checkpoint, partial(FramePackTransformer, FramePackConfig.from_checkpoint(checkpoint)))
 
 
-def load_transformer(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> FramePackTransformer:
-    """Builds the transformer and fills it strictly."""
+def load_transformer(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, merge: LoraMerge | None = None
+) -> FramePackTransformer:
+    """Builds the transformer and fills it strictly, merging LoRAs on the way."""
     transformer = build_transformer(checkpoint)
-    load_weights(transformer, checkpoint, dtype=dtype, device=device)
+    if merge is None:
+        load_weights(transformer, checkpoint, dtype=dtype, device=device)
+        return transformer
+    with merge.reading(device) as change:
+        load_weights(transformer, checkpoint, dtype=dtype, device=device, change=change)
     return transformer

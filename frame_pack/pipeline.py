@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,15 +15,15 @@ from torch import Tensor
 from common.device import free_memory, pick_device, pick_dtype
 from common.residency import Resident
 from common.weights import Checkpoint, fingerprint
-from frame_pack.conditioning import Encoders, encode_requests
+from frame_pack.conditioning import Encoders, FramePackConditioning, encode_requests
 from frame_pack.config import FAMILY
 from frame_pack.decoding import decode_latents
 from frame_pack.image_encoder import load_siglip
 from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
 from frame_pack.sampling import generate_latents
-from generation.pipeline import Denoise, Encode, Frames
-from generation.settings import Provenance
+from generation.pipeline import Denoise, Encode, Frames, OnProgress
+from generation.settings import Provenance, content_hash
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.text_encoders import (
     find_tokenizer,
@@ -31,6 +32,8 @@ from hunyuan_model.text_encoders import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from networks.lora_merge import LoraMerge
+from networks.prompt_loras import PromptLoras
 from options.flags_generate import ComputeFlags
 from options.geometry import FRAMES_PER_LATENT
 from options.request import GenerationRequest
@@ -90,6 +93,7 @@ class FramePackPipeline:
         keep_loaded: models stay in RAM between stages (a loop over prompts); else each is freed after its stage.
         transformer: one that is lent by its owner, a trainer for example, instead of being loaded here.
         tokenizers: folders or hub ids of LLaMA's and CLIP's, None finds them beside the models.
+        merge: LoRAs that the transformer gets while it is loaded.
     """
 
     def __init__(
@@ -100,9 +104,10 @@ class FramePackPipeline:
         keep_loaded: bool = False,
         transformer: FramePackTransformer | None = None,
         tokenizers: tuple[str | None, str | None] = (None, None),
+        merge: LoraMerge | None = None,
     ) -> None:
         files, place = checkpoints, {"dtype": compute.encoder_dtype, "device": compute.device}
-        dit = {"dtype": compute.transformer_dtype, "device": compute.device}
+        dit = {"dtype": compute.transformer_dtype, "device": compute.device, "merge": merge}
         resident = partial(Resident, device=compute.device, keep=keep_loaded)
         # The VAE is needed at both ends of a run and is small, so it stays in RAM in between.
 
@@ -114,6 +119,7 @@ class FramePackPipeline:
             )
 
         self.compute, self._checkpoints, self._tokenizers = compute, checkpoints, tokenizers
+        self._merge, self._prompt_loras = merge, PromptLoras(files.transformer)
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
             llama=resident("LLaMA", partial(load_llama, files.llama, **place)),
@@ -133,12 +139,17 @@ class FramePackPipeline:
         sources = (("--tokenizer1", "llama", files.llama), ("--tokenizer2", "clip", files.clip))
         for (flag, kind, encoder), given in zip(sources, self._tokenizers, strict=True):
             models[flag] = tokenizer_fingerprint(find_tokenizer(kind, given=given, checkpoint=encoder))
+        if self._merge and self._merge.choices:
+            models["--lora_weight"] = _merged_loras(self._merge)
         return Provenance(
             family=FAMILY,
             models=models,
             compute=self.compute.recorded(),
             with_paths=with_paths,
         )
+
+    def check(self, request: GenerationRequest) -> None:
+        self._prompt_loras.check(request.loras)
 
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
@@ -148,7 +159,12 @@ class FramePackPipeline:
     @contextmanager
     def denoiser(self) -> Iterator[Denoise]:
         with torch.no_grad(), self._transformer.use():
-            yield lambda *arguments: generate_latents(self._transformer.model, *arguments)
+            yield self._denoise
+
+    def _denoise(self, request: GenerationRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
+        transformer = self._transformer.model
+        with self._prompt_loras.on(transformer, request.loras):
+            return generate_latents(transformer, request, cond, on_progress)
 
     def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
         self._make_room_for_vae(request, latents)
@@ -167,3 +183,9 @@ class FramePackPipeline:
         needed = 3 * 256 * 2 * (FRAMES_PER_LATENT * (num_latents - 1) + 1) * height * width
         if free_memory(self.compute.device) < needed:
             self._transformer.step_aside()
+
+
+def _merged_loras(merge: LoraMerge) -> str:
+    """Which LoRAs are in the model and how much of each, known by their content."""
+    parts = [[content_hash(c.path), c.multiplier, c.include, c.exclude] for c in merge.choices]
+    return json.dumps(parts, ensure_ascii=False)

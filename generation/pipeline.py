@@ -62,6 +62,9 @@ class Pipeline(Protocol[Cond]):
     def denoiser(self) -> AbstractContextManager[Denoise]:
         """(request, conditioning, on_progress) → latents (C, F, h, w), float32 on the CPU."""
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raises UserError for what only the models' headers tell: a LoRA of another model."""
+
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results say about the models and types that made them."""
 

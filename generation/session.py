@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from common.media import check_image, image_size
-from generation.check import check_output
+from generation.check import check_jobs, check_output
 from generation.interactive import console_reader, interact
 from generation.jobs import single_job
 from generation.pipeline import Pipeline
@@ -78,6 +78,7 @@ def _run_plan(
     flags: Flags, plan: Plan, open_pipeline: Callable[[Flags], Pipeline], record: Recorded | None = None
 ) -> int:
     pipeline = open_pipeline(flags)
+    check_jobs(pipeline, plan.jobs)
     if flags.series.check:
         return report_check(plan)
     provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)
@@ -111,6 +112,7 @@ def _converse(flags: Flags, open_pipeline: Callable[[Flags], Pipeline]) -> int:
 
     def generate(line: str) -> None:
         job = single_job(PromptLine.parse(line, "prompt").over(flags.request), _control_size)
+        check_jobs(pipeline, [job])
         run(pipeline, [job], flags.output, provenance=provenance)
 
     interact(generate, console_reader())

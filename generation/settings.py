@@ -17,6 +17,7 @@ from pathlib import Path
 
 from options.errors import UserError
 from options.geometry import FRAMEPACK_FPS, FRAMES_PER_LATENT
+from options.lora import PromptLora
 from options.one_frame import OneFrameOptions
 from options.request import LIMITS, GenerationRequest, check_resolved
 
@@ -92,6 +93,7 @@ def request_to_json(request: GenerationRequest, refer: Callable[[str], str]) -> 
         data[name] = data[name] and refer(data[name])
     for name in PATH_LIST_FIELDS:
         data[name] = [refer(path) for path in data[name]]
+    data["loras"] = [{"file": refer(lora.path), "multiplier": lora.multiplier} for lora in request.loras]
     data["latent_paddings"] = list(request.latent_paddings)
     data["one_frame"] = None if request.one_frame is None else str(request.one_frame)
     return data
@@ -111,6 +113,8 @@ def request_from_json(data: Mapping[str, object], find: Callable[[str], str]) ->
         values[name] = data[name] and find(data[name])
     for name in PATH_LIST_FIELDS:
         values[name] = tuple(find(key) for key in data[name])
+    loras = data.get("loras", ())  # missing in older results
+    values["loras"] = tuple(PromptLora(path=find(lora["file"]), multiplier=float(lora["multiplier"])) for lora in loras)
     values["latent_paddings"] = tuple(data["latent_paddings"])
     if data["one_frame"] is not None:
         values["one_frame"] = OneFrameOptions.parse(data["one_frame"]).resolve(len(values["control_image_paths"]))

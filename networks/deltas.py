@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-DOWN, UP = "lora_down.weight", "lora_up.weight"
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 PARTS = {
     "lora": (DOWN, UP),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -60,12 +60,14 @@ class Factors:
     """Only these rows of the delta, start and stop; LoKr's only, the other kinds' factors are sliced themselves."""
 
     def __post_init__(self) -> None:
+        if not self.tensors:
+            raise FactorError("factors", "none", "those of LoRA, LoHa or LoKr")
         kinds = {KIND_OF_PART[part]: part for part in self.tensors}
-        if len(kinds) != 1:
-            raise FactorError(list(kinds.values())[-1], f"factors of {' and '.join(kinds) or 'no kind'}", "one kind")
+        if len(kinds) > 1:
+            raise FactorError(list(kinds.values())[-1], f"factors of {' and '.join(kinds)}", "one kind")
         _CHECKS[self.kind](self)
         if self.alpha is not None and self.alpha.numel() != 1:
-            raise FactorError("alpha", f"shape {tuple(self.alpha.shape)}", "a single number")
+            raise FactorError(ALPHA, f"shape {tuple(self.alpha.shape)}", "a single number")
 
     @cached_property
     def kind(self) -> str:
@@ -126,6 +128,17 @@ class Factors:
         name = "lokr_w1" if "lokr_w1" in self.tensors else "lokr_w1_a"
         return replace(self._with(**{name: self.tensors[name][start // k : stop // k]}), rows=None)
 
+    def with_whole_first(self) -> Factors:
+        """A LoKr with its first factor multiplied out, in float32; all others as they are. The delta stays the same."""
+        if "lokr_w1_a" not in self.tensors:
+            return self
+        kept = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("lokr_w1_")}
+        first = self._product("lokr_w1")
+        if "lokr_w2" not in kept:
+            return replace(self, tensors={"lokr_w1": first, **kept})
+        # Two whole factors have no rank any more, and so no scale.
+        return replace(self, tensors={"lokr_w1": first * self.scale, **kept}, alpha=None)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """The same elsewhere or in another type. Alpha keeps its own."""
         tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
@@ -143,6 +156,16 @@ class Factors:
         if name in self.tensors:
             return self.tensors[name].float()
         return self.tensors[f"{name}_a"].float() @ self.tensors[f"{name}_b"].float()
+
+
+def as_tensors(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """What a native file holds, from its modules by native name; nothing is added where there is no alpha."""
+    tensors = {}
+    for name, factors in modules.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in factors.tensors.items()}
+        if factors.alpha is not None:
+            tensors[f"{name}.{ALPHA}"] = factors.alpha
+    return tensors
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

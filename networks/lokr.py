@@ -58,8 +58,6 @@ class LokrLayer(Adapter):
     @classmethod
     def for_factors(cls, layer: nn.Module, path: str, factors: Factors, where: str) -> Self:
         layer = linear_only(layer, path, cls.kind)
-        if "lokr_w1" not in factors.tensors:
-            raise UserError(where, f"lokr_w1_a for {path}", "lokr_w1", "a network with a factored w1 cannot be trained")
         first, sizes = tuple(factors.tensors["lokr_w1"].shape), (layer.out_features, layer.in_features)
         if any(part == 0 or size % part for size, part in zip(sizes, first, strict=True)):
             got, expected = f"lokr_w1 of shape {first} for {path}", f"two numbers that divide {sizes}"

@@ -9,19 +9,16 @@ prefix tells which of them is meant. Either way the file converts back to the sa
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from common.files import check_writable_folder
 from networks import peft_config, scale_folding
-from networks.deltas import DOWN, UP, Factors
+from networks.deltas import ALPHA, DOWN, UP, Factors, as_tensors
 from networks.lora_formats import LoraFile, read_lora
-from networks.lora_keys import ALPHA
-from networks.lora_metadata import write_lora
+from networks.lora_metadata import check_output, write_lora
 from networks.peft_config import DIFFUSERS_PREFIX, write_config
 from networks.scale_folding import fold
 from options.errors import UserError
@@ -42,15 +39,13 @@ def to_native(lora: LoraFile) -> tuple[Tensors, dict[str, str]]:
         UserError: as `_check_whole`.
     """
     _check_whole(lora)
-    tensors: Tensors = {}
-    for name, factors in lora.modules.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in factors.tensors.items()}
-        alpha = factors.alpha
-        if alpha is None and factors.kind == "lora":
-            alpha = torch.tensor(float(factors.rank))
-        if alpha is not None:
-            tensors[f"{name}.{ALPHA}"] = alpha
-    return tensors, _plain_metadata(lora)
+    return as_tensors({name: _with_alpha(factors) for name, factors in lora.modules.items()}), _plain_metadata(lora)
+
+
+def _with_alpha(factors: Factors) -> Factors:
+    if factors.kind != "lora" or factors.alpha is not None:
+        return factors
+    return replace(factors, alpha=torch.tensor(float(factors.rank)))
 
 
 def to_other(lora: LoraFile, prefix: str = COMFYUI_PREFIX) -> tuple[Tensors, dict[str, str]]:
@@ -115,7 +110,7 @@ def convert_file(flags: ConvertLoraFlags) -> None:
     Raises:
         UserError: as `read_lora`, `to_native` and `to_other`, or the output cannot be written there.
     """
-    _check_output(flags)
+    check_output(flags.output, flag="--output", inputs=(flags.input,), input_flag="--input")
     if flags.diffusers_prefix is not None and flags.target == "default":
         logger.warning("--diffusers_prefix has no effect with --target default")
     lora = read_lora(flags.input, flag="--input")
@@ -127,15 +122,3 @@ def convert_file(flags: ConvertLoraFlags) -> None:
     write_lora(flags.output, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
     count, target = len(lora.modules), "native" if flags.target == "default" else f"{prefix or 'no'} prefix"
     logger.info("%s: %d %s modules, from %s to %s", flags.output, count, lora.kind, lora.format, target)
-
-
-def _check_output(flags: ConvertLoraFlags) -> None:
-    """Raises UserError before anything is read."""
-    output = Path(flags.output)
-    if output.suffix.lower() != ".safetensors":
-        raise UserError("--output", flags.output, "a name that ends in .safetensors", "change the name")
-    if os.path.isdir(output):
-        raise UserError("--output", flags.output, "a file", "it is a folder: give a file name")
-    if os.path.exists(output) and os.path.exists(flags.input) and os.path.samefile(output, flags.input):
-        raise UserError("--output", flags.output, "another file than --input", "give another name")
-    check_writable_folder(output.parent, flag="--output")

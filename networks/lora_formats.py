@@ -6,7 +6,6 @@ A file is taken apart key by key (`lora_keys`), its module names are looked up i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from common.checkpoint_kinds import LORA, expect_kind
-from common.weights import PICKLE_SUFFIXES, TORCH_DTYPES, Checkpoint, open_checkpoint
-from networks.deltas import FactorError, Factors
+from common.weights import TORCH_DTYPES, Checkpoint, open_checkpoint
+from networks.deltas import ALPHA, FactorError, Factors
 from networks.framepack_names import FRAMEPACK_NAMES
 from networks.lora_keys import (
-    ALPHA,
     Key,
     foreign_family,
     foreign_twin,
@@ -29,6 +27,7 @@ from networks.lora_keys import (
     unsupported,
     without_prefixes,
 )
+from networks.lora_metadata import read_metadata
 from networks.module_names import NameTable, flat_name, native_name
 from networks.peft_config import Config, alpha_of, read_config
 from networks.scale_folding import unfold
@@ -51,9 +50,9 @@ class LoraFile:
     modules: Mapping[str, Factors]
     """By native module name, `lora_unet_transformer_blocks_0_attn_to_q`."""
     dotted: Mapping[str, str]
-    """Native name -> dotted name, `transformer_blocks.0.attn.to_q`."""
+    """Native name -> dotted name, `transformer_blocks.0.attn.to_q`; also of modules that `only` has left out."""
     sources: Mapping[str, str]
-    """Native name -> the first key in the file that the module was made of."""
+    """Native name -> the first key in the file that the module was made of; as `dotted`."""
     leftover: tuple[str, ...]
     """Keys that are not used: text encoders, modules and tensors that no table knows."""
     metadata: Mapping[str, str]
@@ -88,25 +87,18 @@ def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> Lora
     checkpoint = open_checkpoint(path, flag=flag, memmap=False)
     where = f"{flag} {path}"
     by_module, leftover = _sort_keys(checkpoint, where)
-    metadata = _metadata(checkpoint)
+    metadata = read_metadata(checkpoint)
     table, meaning = _look_up(by_module, metadata, where)
     known = {module: keys for module, keys in by_module.items() if module in meaning}
     unknown = [key.text for module, keys in by_module.items() if module not in meaning for key in keys.values()]
+    config = read_config(metadata, checkpoint.files[0])
     tensors = _shapes(checkpoint, where)
     if not shapes_only:
         tensors = dict(checkpoint.read())
-    config = read_config(metadata, checkpoint.files[0])
-    modules: dict[str, Factors] = {}
-    sources: dict[str, str] = {}
-    for module, keys in known.items():
-        factors = _factors(module, keys, tensors, config, where)
-        first = next(iter(keys.values())).text
-        for part, name in zip(_split(factors, meaning[module], first, where), meaning[module], strict=True):
-            if name in modules:
-                got, expected = f"{first} and {sources[name]}", f"one source for {name}"
-                raise UserError(where, got, expected, "the file holds two LoRAs: convert them one by one")
-            modules[name], sources[name] = part, first
-    modules = unfold(modules, metadata)
+    whole = {module: _factors(module, keys, tensors, config, where) for module, keys in known.items()}
+    modules, sources = _split_all(whole, known, meaning, where)
+    if not shapes_only:
+        modules = unfold(modules, metadata)
     return LoraFile(
         flag=flag,
         path=Path(path),
@@ -177,16 +169,6 @@ def _look_up(
     return best, meaning
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """Of the first file; a pickle has none."""
-    from safetensors import safe_open
-
-    if checkpoint.files[0].suffix.lower() in PICKLE_SUFFIXES:
-        return {}
-    with safe_open(os.fspath(checkpoint.files[0]), framework="np") as file:
-        return file.metadata() or {}
-
-
 def _shapes(checkpoint: Checkpoint, where: str) -> dict[str, Tensor]:
     """All tensors without their content."""
     shapes = {}
@@ -208,19 +190,52 @@ def _factors(
     """One module as it is in the file, fused or not. Its own alpha comes before the configuration's."""
     parts = {part: tensors[key.text] for part, key in keys.items()}
     alpha = parts.pop(ALPHA, None)
-    first = next(key.text for part, key in keys.items() if part != ALPHA)
+    first = _first_key(keys)
     try:
         factors = Factors(tensors=parts, alpha=alpha)
         *_, name = without_prefixes(module)
         if alpha is None and (value := alpha_of(config, name, factors)) is not None:
-            factors = replace(factors, alpha=torch.tensor(float(value)))
+            factors = replace(factors, alpha=torch.tensor(value))
     except FactorError as error:
         key = keys[error.part].text if error.part in keys else f"{first} without {error.part}"
         got = f"{key} of {error.got}" if error.part in keys else key
         raise UserError(where, got, error.expected, "the file is incomplete or damaged") from error
     except ValueError as error:
-        raise UserError(where, f"{first} with {error}", "a scale of 1", "the file cannot be used") from error
+        raise UserError(
+            where, f"{first} with {error}", "a scale that its factors can have", "the file cannot be used"
+        ) from error
     return factors
+
+
+def _first_key(keys: Mapping[str, Key]) -> str:
+    """Of the factors."""
+    return next(key.text for part, key in keys.items() if part != ALPHA)
+
+
+def _split_all(
+    whole: Mapping[str, Factors],
+    keys: Mapping[str, Mapping[str, Key]],
+    meaning: Mapping[str, tuple[str, ...]],
+    where: str,
+) -> tuple[dict[str, Factors], dict[str, str]]:
+    """The factors of the model's modules and the first keys that they come from, both by dotted name.
+
+    Args:
+        whole, keys, meaning: by module as in the file.
+
+    Raises:
+        UserError: as `_split`, or two modules of the file mean the same one.
+    """
+    modules: dict[str, Factors] = {}
+    sources: dict[str, str] = {}
+    for module, factors in whole.items():
+        first, names = _first_key(keys[module]), meaning[module]
+        for part, name in zip(_split(factors, names, first, where), names, strict=True):
+            if name in modules:
+                got, expected = f"{first} and {sources[name]}", f"one source for {name}"
+                raise UserError(where, got, expected, "the file holds two LoRAs: convert them one by one")
+            modules[name], sources[name] = part, first
+    return modules, sources
 
 
 def _split(factors: Factors, names: tuple[str, ...], key: str, where: str) -> list[Factors]:

@@ -14,9 +14,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from networks.deltas import DOWN, UP
+from networks.deltas import ALPHA, DOWN, UP
 
-ALPHA = "alpha"
 FLAT_PREFIXES = {"lora_unet_": "native", "lycoris_": "LyCORIS", "lora_transformer_": "flat"}
 DOTTED_PREFIXES = {
     "base_model.model.": "PEFT",

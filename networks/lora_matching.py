@@ -29,6 +29,8 @@ class Matched:
         """One line for the log: what is used and what is not."""
         total = len(self.factors) + len(self.unmatched)
         lines = [f"{self.lora.path.name}: {len(self.factors)} of {total} {self.lora.kind} modules, {self.lora.format}"]
+        if num_left_out := len(self.lora.dotted) - len(self.lora.modules):
+            lines.append(f"{num_left_out} left out by patterns")
         lines += _listed("modules that the model does not have", self.unmatched)
         lines += _listed("unused tensors", self.lora.leftover)
         return "; ".join(lines)
@@ -40,37 +42,29 @@ def _listed(what: str, names: tuple[str, ...]) -> Iterator[str]:
         yield f"{len(names)} {what} ({shown}{', …' if len(names) > NUM_NAMED else ''})"
 
 
-def select(
-    lora: LoraFile, *, include: str | None = None, exclude: str | None = None, flags: tuple[str, str] | None = None
-) -> LoraFile:
+def select(lora: LoraFile, *, include: str | None = None, exclude: str | None = None) -> LoraFile:
     """The modules that a pattern keeps, less those that another one drops.
 
     A pattern may be found anywhere in the module's dotted name, its native name, or its key in the file.
 
-    Args:
-        flags: the names of the two options, for messages.
-
     Raises:
         UserError: an invalid regular expression, or nothing is left.
     """
-    include_flag, exclude_flag = flags or ("--include_patterns", "--exclude_patterns")
-    keeps, drops = _compiled(include, include_flag), _compiled(exclude, exclude_flag)
-    kept = [
-        name
-        for name in lora.modules
-        if (keeps is None or _occurs(keeps, lora, name)) and not (drops is not None and _occurs(drops, lora, name))
-    ]
-    if not kept:
-        flag, got = (include_flag, include) if exclude is None else (exclude_flag, exclude)
-        first = next(iter(lora.dotted.values()))
-        remedy = f"its {len(lora.modules)} modules have names such as {first}"
-        raise UserError(flag, got, f"patterns that leave modules of {lora.path.name}", remedy)
+    kept = list(lora.modules)
+    for flag, text, keeps in (("--include_patterns", include, True), ("--exclude_patterns", exclude, False)):
+        if text is not None:
+            pattern = _compiled(text, flag)
+            kept = [name for name in kept if _occurs(pattern, lora, name) == keeps]
+            if not kept:
+                first = next(iter(lora.dotted.values()))
+                remedy = f"its {len(lora.modules)} modules have names such as {first}"
+                raise UserError(flag, text, f"a pattern that leaves modules of {lora.path.name}", remedy)
     return lora.only(kept)
 
 
-def _compiled(pattern: str | None, flag: str) -> re.Pattern[str] | None:
+def _compiled(pattern: str, flag: str) -> re.Pattern[str]:
     try:
-        return None if pattern is None else re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         remedy = "see Python's documentation of re (a literal dot is \\.)"
         raise UserError(flag, f"{pattern} ({error})", "a regular expression", remedy) from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
 from torch import Tensor
 
+from common.checkpoint_writer import check_output_file
 from common.files import atomic_file, sort_safetensors_metadata
+from common.weights import PICKLE_SUFFIXES, Checkpoint
+from options.errors import UserError
 
 MINIMAL_KEYS = ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
 """What `--no_metadata` leaves of the training facts, because loaders need it."""
@@ -78,6 +82,16 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return {"sshs_model_hash": hashlib.sha256(view[8 + header_bytes :]).hexdigest(), "sshs_legacy_hash": legacy}
 
 
+def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of the first file; a pickle has none."""
+    from safetensors import safe_open
+
+    if checkpoint.files[0].suffix.lower() in PICKLE_SUFFIXES:
+        return {}
+    with safe_open(os.fspath(checkpoint.files[0]), framework="np") as file:
+        return file.metadata() or {}
+
+
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file whole or not at all, with fresh hashes; equal input gives equal bytes.
 
@@ -90,3 +104,14 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, {**metadata, **model_hashes(tensors, metadata)})
         sort_safetensors_metadata(temporary)
+
+
+def check_output(path: str | Path, *, flag: str, inputs: Iterable[str | Path], input_flag: str) -> None:
+    """Makes sure, before anything is read, that a file can be written to `path` and that it is none of the inputs.
+
+    Raises:
+        UserError: another suffix than .safetensors, a folder, an input, or a place that cannot be written to.
+    """
+    check_output_file(path, 0, flag=flag)
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+        raise UserError(flag, path, f"another file than {input_flag}", "give another name")

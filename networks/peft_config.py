@@ -50,17 +50,24 @@ def alpha_of(config: Config, module: str, factors: Factors) -> float | None:
         module: dotted, without prefix.
 
     Raises:
-        ValueError: a LoKr of whole factors that PEFT would scale.
+        ValueError: a LoKr of whole factors that PEFT would scale, or values that cannot be computed with.
     """
+    try:
+        return _alpha_of(config, module, factors)
+    except (TypeError, AttributeError, ArithmeticError, re.error) as error:
+        raise ValueError(f"a damaged configuration ({error})") from error
+
+
+def _alpha_of(config: Config, module: str, factors: Factors) -> float | None:
     alpha = _value(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha")))
     if alpha is None:
         return None
     if factors.kind == "lora":
-        return alpha * math.sqrt(factors.rank) if config.get("use_rslora") else alpha
+        return float(alpha * math.sqrt(factors.rank) if config.get("use_rslora") else alpha)
     rank = _value(config, "rank_pattern", module, config.get("r"))
     if factors.rank is None and rank not in (None, alpha):
         raise ValueError(f"alpha {alpha} and rank {rank} for whole factors, which are never scaled")
-    return alpha if None in (rank, factors.rank) else alpha * factors.rank / rank
+    return float(alpha if None in (rank, factors.rank) else alpha * factors.rank / rank)
 
 
 def _value(config: Config, patterns: str, module: str, default: object) -> object:

@@ -1,8 +1,8 @@
 """A module's scale put into one of its factors, for loaders that know no alpha, and taken out again without a trace.
 
-Multiplying by a power of two loses nothing, by another number only a 16-bit tensor that becomes float32 does not: the
-scale is folded as far as every bit can be had back. What is left over is the caller's to pass on. How a module was
-folded is recorded in the file's metadata; reading undoes it.
+A power of two loses nothing, another number loses nothing of a 16-bit tensor that becomes float32. Where a bit would be
+lost, the scale is left to the caller to pass on. How a module was folded is recorded in the file's metadata; reading
+undoes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,23 +33,25 @@ class Folded:
 
     factors: Factors
     rest: float
-    """By what the delta still has to be multiplied; 1 unless the scale could not be folded."""
+    """By what the delta still has to be multiplied: 1, or the whole scale when it could not be folded."""
     record: Record | None
-    """How to undo it; None when there was no alpha."""
+    """How to undo it; None when there is nothing to undo, or no way to."""
 
 
 def fold(factors: Factors) -> Folded:
-    """Folds the scale of a LoRA as far as it can be undone exactly, that of a LoKr wholly, if need be with rounding.
+    """Folds the scale of a LoRA if that can be undone exactly, that of a LoKr always, if need be with rounding.
 
-    diffusers can be told a LoRA's remaining scale, but not a LoKr's without telling it how PEFT would have split it.
+    diffusers can be told a LoRA's scale, but not a LoKr's without telling it how PEFT would have split it.
     """
     if factors.alpha is None:
         return Folded(factors=factors, rest=1.0, record=None)
-    part = _carrier(factors)
+    part, scale = _carrier(factors), factors.scale
     original = factors.tensors[part]
-    folded, portion = next(_exact_products(original, factors.scale))
-    if factors.kind == "lokr" and portion != factors.scale:
-        folded, portion = original.float() * factors.scale, factors.scale
+    folded, portion = _exact_product(original, scale), scale
+    if folded is None and factors.kind == "lokr":
+        folded = original.float() * scale
+    elif folded is None:
+        folded, portion = original, 1.0
     record = {
         "alpha": float(factors.alpha),
         "alpha_dtype": _name(factors.alpha.dtype),
@@ -58,7 +60,7 @@ def fold(factors: Factors) -> Folded:
         "rank": factors.rank,
     }
     plain = replace(factors, tensors={**factors.tensors, part: folded}, alpha=None)
-    return Folded(factors=plain, rest=factors.scale / portion, record=record)
+    return Folded(factors=plain, rest=1.0 if portion == scale else scale, record=record if portion else None)
 
 
 def _carrier(factors: Factors) -> str:
@@ -66,20 +68,16 @@ def _carrier(factors: Factors) -> str:
     return next(part for part in (UP, "lokr_w1", "lokr_w1_a") if part in factors.tensors)
 
 
-def _exact_products(tensor: Tensor, scale: float) -> Iterator[tuple[Tensor, float]]:
-    """(tensor · portion, portion): the whole scale or the nearest power of two, in the tensor's type or in float32.
-
-    The last one, a portion of 1, always is there.
-    """
-    portions = [scale] if scale > 0 and math.isfinite(scale) else []
-    for portion in portions:
-        for dtype in (tensor.dtype, torch.float32):
-            if dtype.itemsize == 1:  # torch does not multiply in float8
-                continue
-            product = tensor.to(dtype) * portion
-            if torch.equal(_undone(product, portion, tensor.dtype).double(), tensor.double()):
-                yield product, portion
-    yield tensor, 1.0
+def _exact_product(tensor: Tensor, scale: float) -> Tensor | None:
+    """tensor · scale in the tensor's type, else in float32; None if neither gives every bit back."""
+    if scale == 0 or not math.isfinite(scale):
+        return None
+    # torch does not multiply in float8.
+    for dtype in (torch.float32,) if tensor.dtype.itemsize == 1 else (tensor.dtype, torch.float32):
+        product = tensor.to(dtype) * scale
+        if torch.equal(_undone(product, scale, tensor.dtype).double(), tensor.double()):
+            return product
+    return None
 
 
 def _undone(product: Tensor, portion: float, dtype: torch.dtype) -> Tensor:
@@ -99,7 +97,7 @@ def metadata_of(records: Mapping[str, Record | None]) -> dict[str, str]:
 def unfold(modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> dict[str, Factors]:
     """The modules, by dotted name, as they were before `fold`. The deltas stay what they are.
 
-    A record that does not fit, because another program changed the file and kept the metadata, is passed over.
+    A record that would change one, because another program changed the file and kept the metadata, is passed over.
     """
     try:
         records = json.loads(metadata.get(METADATA_KEY, "{}"))
@@ -115,7 +113,8 @@ def _unfolded(factors: Factors, record: Record | None) -> Factors:
     part = _carrier(factors)
     original = _undone(factors.tensors[part], record["folded"], getattr(torch, record["dtype"]))
     alpha = torch.tensor(record["alpha"], dtype=getattr(torch, record["alpha_dtype"]))
-    return replace(factors, tensors={**factors.tensors, part: original}, alpha=alpha)
+    restored = replace(factors, tensors={**factors.tensors, part: original}, alpha=alpha)
+    return restored if math.isclose(restored.scale, factors.scale * record["folded"], rel_tol=1e-6) else factors
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ def flag(
     alias: str | None = None,
     repeats: bool = False,
     secret: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
 
@@ -22,8 +23,10 @@ def flag(
         alias: an older name of the flag, without dashes.
         repeats: a list that goes on when the flag is given again; otherwise the last one wins.
         secret: a password or token, which is written nowhere.
+        positional: given without a flag in front, before, after or between the options.
     """
-    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats, "secret": secret}
+    metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats}
+    metadata |= {"secret": secret, "positional": positional}
     return field(default=MISSING if required else default, metadata=metadata)
 
 

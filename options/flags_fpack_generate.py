@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from options.flag_fields import flag, later
 from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.flags_lora import LoraFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +19,6 @@ class FramePackModelFlags:
     tokenizer1: str | None = flag("LLaMA tokenizer: folder or hub id (default: beside --text_encoder1, else the hub)")
     tokenizer2: str | None = flag("CLIP tokenizer: folder or hub id (default: beside --text_encoder2, else the hub)")
     disable_numpy_memmap: bool = flag("read safetensors with plain file reads instead of memory maps", default=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraFlags:
-    """LoRA weights merged into the transformer."""
-
-    lora_weight: tuple[str, ...] = later("LoRA files", default=())
-    lora_multiplier: tuple[float, ...] = later("their multipliers", default=())
-    include_patterns: tuple[str, ...] = later("regular expressions for LoRA modules to use", default=())
-    exclude_patterns: tuple[str, ...] = later("regular expressions for LoRA modules to leave out", default=())
-    save_merged_model: str | None = later("save the merged transformer and exit")
-    lycoris: bool = later("merge through the lycoris package", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

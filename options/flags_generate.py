@@ -41,6 +41,9 @@ class RequestFlags:
     rope_scaling_timestep_threshold: int | None = flag("scale RoPE rows and columns at timesteps from here on")
     rope_scaling_factor: float = flag("the factor for that", default=0.5)
     fps: int = flag("frame rate of the video file", default=30)
+    lora: tuple[str, ...] = flag(
+        "LoRA of this prompt only, PATH or PATH:0.8, applied without loading the model anew", default=(), repeats=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

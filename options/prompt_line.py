@@ -55,7 +55,7 @@ GENERATION_OPTIONS = {
     "ci": LineOption(field="control_image_path", convert=str, help="control image, repeatable", repeats=True),
     "cim": LineOption(field="control_image_mask_path", convert=str, help="its mask, repeatable", repeats=True),
     "of": LineOption(field="one_frame_inference", convert=str, help="one-frame options, as --one_frame_inference"),
-    "lora": LineOption(field=None, convert=str, help="LoRA of this prompt (not available yet)"),
+    "lora": LineOption(field="lora", convert=str, help="LoRA of this prompt, PATH or PATH:0.8", repeats=True),
     "mcrr": LineOption(field=None, convert=str, help="MagCache retention ratio (not available yet)"),
     "mct": LineOption(field=None, convert=str, help="MagCache threshold (not available yet)"),
     "mck": LineOption(field=None, convert=str, help="MagCache skips in a row (not available yet)"),

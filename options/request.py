@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from options.errors import UserError
 from options.flags_generate import RequestFlags
 from options.geometry import bucket_near, check_size, sections_from_seconds
+from options.lora import PromptLora, parse_prompt_lora
 from options.one_frame import OneFrameOptions
 from options.sections import check_sections, parse_sections
 
@@ -52,6 +53,8 @@ class GenerationRequest:
     rope_scaling_threshold: int | None
     rope_scaling_factor: float
     fps: int
+    loras: tuple[PromptLora, ...] = ()
+    """Beside those that are merged into the model."""
 
     @property
     def uses_cfg(self) -> bool:
@@ -127,6 +130,7 @@ def resolve_request(flags: RequestFlags, *, image_size: ImageSize) -> Generation
         rope_scaling_threshold=flags.rope_scaling_timestep_threshold,
         rope_scaling_factor=flags.rope_scaling_factor,
         fps=flags.fps,
+        loras=tuple(map(parse_prompt_lora, flags.lora)),
     )
     if request.one_frame is not None:
         request = _resolve_one_frame(request, flags.one_frame_auto_resize, image_size)

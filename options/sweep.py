@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from options.errors import UserError, did_you_mean
 from options.flags_generate import RequestFlags
+from options.lora import parse_prompt_lora
 from options.one_frame import OneFrameOptions
 from options.request import split_image_list
 
 INTEGER_NAMES = ("target_index", "latent_window_size", "control_index", "seed")
-NUMBER_NAMES = ("guidance_scale", "embedded_cfg_scale")
+NUMBER_NAMES = ("guidance_scale", "embedded_cfg_scale", "lora")
 KNOWN = (*INTEGER_NAMES, *NUMBER_NAMES)
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 RANGE = re.compile(rf"(?P<first>-?{NUMBER})\.\.(?P<last>-?{NUMBER})(?::(?P<step>{NUMBER}))?")
@@ -54,6 +55,8 @@ class Sweep:
             UserError: an index is swept without one-frame inference, or of a control image that has none.
         """
         setting, _, position = self.name.partition(".")
+        if setting == "lora":
+            return replace(flags, lora=_with_multiplier(flags.lora, value, where))
         if setting not in ("target_index", "control_index"):
             return replace(flags, **{setting: value})
         if flags.one_frame_inference is None:
@@ -97,6 +100,17 @@ def sweep_points(flags: RequestFlags, sweeps: Sequence[Sweep]) -> list[SweepPoin
             for value in sweep.values
         ]
     return points
+
+
+def _with_multiplier(loras: tuple[str, ...], multiplier: float, where: str) -> tuple[str, ...]:
+    """The same LoRAs, each this strong.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not loras:
+        raise UserError(where, "lora", "--lora beside it", "add --lora FILE, whose multiplier is swept")
+    return tuple(f"{parse_prompt_lora(text).path}:{multiplier}" for text in loras)
 
 
 def _values(item: str, kind: Callable[[str], float], text: str, where: str) -> list[float]:

@@ -24,6 +24,7 @@ from generation.outputs import load_latents
 from generation.settings import Provenance
 from options.errors import UserError
 from options.flags_generate import RequestFlags
+from options.request import GenerationRequest
 
 NAMES = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
 TINY = ("--video_size", "32", "32", "--infer_steps", "1", "--one_frame_inference", "default", "--output_type", "images")
@@ -211,6 +212,9 @@ class Painter:
         self.painted: list[str] = []
         self.fails: Callable[[str], BaseException | None] = lambda prompt: None
         self.decoding_fails: Callable[[str], BaseException | None] = lambda prompt: None
+
+    def check(self, request: GenerationRequest) -> None:
+        """Every request will do."""
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         return Provenance(family="framepack", models={}, compute={"device": "none"}, with_paths=with_paths)

@@ -335,6 +335,18 @@ def test_a_lokr_scale_that_is_no_power_of_two_comes_back_to_the_last_bit_but_one
         torch.testing.assert_close(back[key], tensor, rtol=2e-7, atol=0)
 
 
+def test_a_lokr_that_is_switched_off_stays_so(shapes, tmp_path: Path) -> None:
+    """Nothing that is multiplied by 0 comes back, and nothing becomes NaN."""
+    source = tmp_path / "native.safetensors"
+    write_lora(source, native_lokr(shapes, 0.0), METADATA)
+    for prefix in (None, "transformer"):
+        other = converted(source, "other.safetensors", "other", prefix)
+        for file in (other, converted(other, "back.safetensors", "default")):
+            deltas = {n: f.delta() for n, f in read_lora(file, flag="--lora_weight").modules.items()}
+            off = {n for n, delta in deltas.items() if torch.equal(delta, torch.zeros_like(delta))}
+            assert off == {key.removesuffix(".lokr_w2_a") for key in load_file(source) if key.endswith("lokr_w2_a")}
+
+
 def test_diffusers_does_not_load_loha_and_we_say_so(shapes, tmp_path: Path, caplog) -> None:
     write_lora(tmp_path / "a.safetensors", native_loha(shapes), METADATA)
     converted(tmp_path / "a.safetensors", "b.safetensors", "other", "transformer")
@@ -351,6 +363,21 @@ def test_a_record_of_another_file_changes_no_delta(record: str, tmp_path: Path) 
     save_file(tensors, tmp_path / "a.safetensors", {"oneframe_folded_scales": record})
     lora = read_lora(tmp_path / "a.safetensors", flag="--lora_weight")
     assert torch.equal(lora.modules["lora_unet_proj_out"].delta(), up @ down)
+
+
+def test_a_record_is_passed_over_when_another_program_has_added_an_alpha(shapes, tmp_path: Path) -> None:
+    """The factors still hold the folded scale; taking it out would need another alpha than the file has now."""
+    write_lora(tmp_path / "native.safetensors", native_lora(shapes), METADATA)
+    other = converted(tmp_path / "native.safetensors", "other.safetensors", "other", "transformer")
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    tensors = load_file(other) | {f"{name}.alpha": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata_of(other))
+    checked, read = (
+        read_lora(tmp_path / "theirs.safetensors", flag="--lora_weight", shapes_only=b) for b in (True, False)
+    )
+    assert checked.modules.keys() == read.modules.keys()
+    delta = read.modules["lora_unet_single_transformer_blocks_0_attn_to_q"].delta()
+    torch.testing.assert_close(delta, tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"] * 3 / 4)
 
 
 # ---- what is refused ----

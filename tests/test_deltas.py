@@ -126,6 +126,21 @@ def test_kronecker_factors_are_sliced_themselves_where_the_rows_allow_it() -> No
     assert lokr().slice_rows(6, 17).rows == (6, 17)
 
 
+@pytest.mark.parametrize("second", [("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")])
+@pytest.mark.parametrize("alpha", [None, torch.tensor(3.0)])
+def test_a_first_kronecker_factor_multiplied_out_changes_no_delta(
+    second: tuple[str, ...], alpha: Tensor | None
+) -> None:
+    shapes = {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 3), "lokr_w2": (6, 6), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 6)}
+    tensors = {name: random(*shapes[name], dtype=torch.bfloat16) for name in ("lokr_w1_a", "lokr_w1_b", *second)}
+    factors = Factors(tensors=tensors, alpha=alpha)
+    whole = factors.with_whole_first()
+    assert set(whole.tensors) == {"lokr_w1", *second}
+    torch.testing.assert_close(whole.delta(), factors.delta())
+    rows = factors.slice_rows(5, 13)
+    torch.testing.assert_close(rows.with_whole_first().delta(), rows.delta())
+
+
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_deltas_are_computed_in_float32_whatever_the_file_holds(kind: str, dtype: torch.dtype) -> None:
@@ -162,6 +177,7 @@ def test_a_pointwise_convolution_fits_a_linear_layer() -> None:
 
 
 BAD = {
+    "nothing": ({}, "factors", "none"),
     "another rank": ({DOWN: (4, 8), UP: (8, 5)}, UP, "rank 5"),
     "no up": ({DOWN: (4, 8)}, UP, "nothing"),
     "a vector": ({DOWN: (4,), UP: (8, 4)}, DOWN, "(4,)"),

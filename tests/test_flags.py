@@ -76,8 +76,6 @@ def test_every_flag_of_the_incumbent_exists(name, capsys):
         ["--fp8_scaled"],
         ["--fp8_llm"],
         ["--blocks_to_swap", "20"],
-        ["--lora_weight", "a.safetensors"],
-        ["--lora_multiplier", "0.5"],
         ["--compile"],
         ["--magcache_mag_ratios", "0"],
         ["--attn_mode", "flash"],
@@ -183,6 +181,56 @@ def test_all_missing_required_flags_are_named():
 def test_a_misspelt_flag_is_named_rather_than_the_one_that_it_stood_for():
     with pytest.raises(UserError, match="did you mean --target"):
         parse(Turned, description="", argv=["--src", "a", "--targte", "b"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positional:
+    path: tuple[str, ...] = flag("files", required=True, positional=True)
+    rest: Inner
+    output: str = flag("a file", required=True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["a 1", "二", "--output", "c"], ["--output", "c", "a 1", "二"], ["a 1", "--output", "c", "--mode", "a", "二"]],
+)
+def test_positionals_may_stand_anywhere_between_options(argv):
+    flags = parse(Positional, description="", argv=argv)
+    assert (flags.path, flags.output) == (("a 1", "二"), "c")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--output", "c"], "path: got nothing; expected a value; give path"),
+        (["a", "b"], "--output: got nothing"),
+        (
+            ["a", "--out_put", "c", "--output", "c"],
+            "--out_put: got --out_put; expected a known option; did you mean --output?",
+        ),
+    ],
+)
+def test_missing_positionals_and_options_beside_them_are_named(argv, message):
+    with pytest.raises(UserError) as error:
+        parse(Positional, description="", argv=argv)
+    assert message in str(error.value)
+
+
+def test_positionals_may_be_left_out_where_there_is_a_default():
+    @dataclass(frozen=True, kw_only=True)
+    class Optional:
+        path: tuple[str, ...] = flag("files", default=("x",), positional=True)
+
+    assert parse(Optional, description="", argv=[]).path == ("x",)
+    assert parse(Optional, description="", argv=["a"]).path == ("a",)
+
+
+def test_positionals_are_shown_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(Positional, description="", argv=["--help"])
+    text = capsys.readouterr().out
+    assert "[options] path [path ...]" in text.splitlines()[0]
+    assert "  path " in text
 
 
 def test_a_user_error_becomes_one_line_on_stderr_and_exit_code_two(capsys):

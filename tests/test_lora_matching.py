@@ -118,11 +118,18 @@ def test_patterns_may_use_the_names_of_the_file(tmp_path: Path) -> None:
 def test_an_invalid_pattern_is_named(lora: LoraFile) -> None:
     with pytest.raises(UserError, match=r"^--exclude_patterns: got to_\(q .*regular expression"):
         select(lora, exclude="to_(q")
-    with pytest.raises(UserError, match=r"^--base_include: got \*"):
-        select(lora, include="*", flags=("--base_include", "--base_exclude"))
+    with pytest.raises(UserError, match=r"^--include_patterns: got \*"):
+        select(lora, include="*")
 
 
-@pytest.mark.parametrize(("include", "exclude", "flag"), [("no", None, "include"), ("attn", ".", "exclude")])
+def test_what_patterns_leave_out_is_counted(lora: LoraFile) -> None:
+    matched = match(select(lora, include="attn"), weights())
+    assert matched.summary() == "絵.safetensors: 2 of 2 lora modules, native (lora_down); 2 left out by patterns"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "flag"), [("no", None, "include"), ("no", "mlp", "include"), ("attn", ".", "exclude")]
+)
 def test_patterns_that_leave_nothing_are_an_error(include, exclude, flag: str, lora: LoraFile) -> None:
     with pytest.raises(UserError, match=rf"^--{flag}_patterns: .*names such as single_transformer_blocks\.0\."):
         select(lora, include=include, exclude=exclude)

@@ -456,12 +456,26 @@ def test_lokr_factors_that_do_not_split_the_layer_are_errors(run, first, second,
         network_from_tensors(run.transformer, tensors, where=FILE)
 
 
-def test_lokr_with_a_factored_first_matrix_is_refused(run) -> None:
-    name = "lora_unet_transformer_blocks_0_attn_to_q"
-    tensors = {f"{name}.lokr_w1_a": torch.ones(2, 1), f"{name}.lokr_w1_b": torch.ones(1, 2)}
-    tensors[f"{name}.lokr_w2"] = torch.ones(2, 2)
-    with pytest.raises(UserError, match="got lokr_w1_a for transformer_blocks.0.attn.to_q; expected lokr_w1;"):
-        network_from_tensors(run.transformer, tensors, where=FILE)
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("alpha", [None, 5.0])
+def test_lokr_with_a_factored_first_matrix_is_rebuilt_with_its_scale(run, is_whole: bool, alpha: float | None) -> None:
+    path, name = "transformer_blocks.0.attn.to_q", "lora_unet_transformer_blocks_0_attn_to_q"
+    layer = run.transformer.get_submodule(path)
+    rank, size = 2, layer.in_features // 4
+    tensors = {f"{name}.lokr_w1_a": random(4, rank) * 0.3, f"{name}.lokr_w1_b": random(rank, 4, seed=1)}
+    if is_whole:
+        tensors[f"{name}.lokr_w2"] = second = random(size, size, seed=2) * 0.1
+    else:
+        tensors[f"{name}.lokr_w2_a"], tensors[f"{name}.lokr_w2_b"] = random(size, rank, seed=2), random(rank, size)
+        second = tensors[f"{name}.lokr_w2_a"] @ tensors[f"{name}.lokr_w2_b"]
+    if alpha:
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    delta = torch.kron(tensors[f"{name}.lokr_w1_a"] @ tensors[f"{name}.lokr_w1_b"], second) * (alpha or rank) / rank
+    network = network_from_tensors(run.transformer, tensors, where=FILE)
+    x = random(3, layer.in_features, seed=4)
+    wanted = layer(x) + x @ delta.T
+    network.apply_to(run.transformer)
+    assert close(layer(x), wanted) and not close(layer(x) - x @ delta.T, wanted, 0.05)
 
 
 def test_loading_is_strict_and_takes_the_files_alpha(run, caplog) -> None:

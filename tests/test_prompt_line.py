@@ -106,7 +106,7 @@ def test_seconds_in_a_line_count_against_sections_of_the_command_line():
         ("a --f soon", "line 1: got --f soon; expected a number"),
         ("a -- ", "-- without a name"),
         ("a --mct 0.1", "not available yet"),
-        ("a --lora x.safetensors", "not available yet"),
+        ("a --lora", "line 1: got --lora without a value"),
     ],
 )
 def test_wrong_lines_are_errors_that_name_the_line(line, message):
