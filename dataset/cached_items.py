@@ -58,6 +58,11 @@ class Layout:
             varlen=tuple(sorted(content for content, _, _, varlen in found if varlen)),
         )
 
+    @property
+    def contents(self) -> frozenset[str]:
+        """The names of everything that an item holds."""
+        return frozenset(self.varlen).union(name for name, _, _ in self.stacked)
+
     def shape(self, content: str) -> tuple[int, ...]:
         """Of something that is stacked."""
         return next(shape for name, shape, _ in self.stacked if name == content)

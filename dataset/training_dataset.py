@@ -61,6 +61,11 @@ class TrainingDataset:
         return tuple(bucket for _, bucket in self._buckets)
 
     @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """What the items of each bucket look like."""
+        return tuple(layout for layout, _ in self._buckets)
+
+    @property
     def num_items(self) -> int:
         """What an epoch shows, repeats included."""
         return sum(len(bucket.keys) for bucket in self.buckets)

@@ -54,7 +54,7 @@ def run(
     """
     if not jobs:
         return 0
-    report = _Report()
+    report = Report()
     settings: dict[int, str] = {}
     for number, job in enumerate(jobs):  # before encoding: what is encoded is what the settings say
         with report.of(job):
@@ -92,7 +92,7 @@ def log_remarks(job: Job) -> None:
         logger.warning("%s: %s", job.where, remark)
 
 
-class _Report:
+class Report:
     """Counts failures and says each in one line; the traceback is for the debug log."""
 
     failed = 0

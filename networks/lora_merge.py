@@ -40,11 +40,13 @@ class LoraMerge:
     """In the order in which they are added."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the checkpoint's weights, by name."""
+    flag: str = FLAG
+    """That named the files, for messages."""
 
     @contextmanager
     def reading(self, device: torch.device | str) -> Iterator[Change]:
         """Holds the LoRAs in RAM for as long as weights are loaded. The sums are made on `device`."""
-        loras = [(choice.multiplier, _matched(choice, self.shapes).factors) for choice in self.choices]
+        loras = [(choice.multiplier, _matched(choice, self.shapes, self.flag).factors) for choice in self.choices]
 
         def change(name: str, weight: Tensor) -> Tensor:
             own = [(multiplier, factors[name]) for multiplier, factors in loras if name in factors]
@@ -65,19 +67,22 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
     return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
-def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint) -> LoraMerge:
+def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint, *, flag: str = FLAG) -> LoraMerge:
     """Checks LoRAs against a checkpoint's header and says in the log what of each is used and what is not.
+
+    Args:
+        flag: the one that named the files, for messages.
 
     Raises:
         UserError: a file that is no LoRA or another architecture's, patterns that leave nothing, shapes that do not
             fit, or weights that cannot be added to.
     """
     for choice in choices:
-        matched = _matched(choice, checkpoint.shapes, shapes_only=True)
+        matched = _matched(choice, checkpoint.shapes, flag, shapes_only=True)
         for weight in matched.factors:
             _check_weight(weight, checkpoint)
         report(matched, choice.multiplier)
-    return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {})
+    return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {}, flag=flag)
 
 
 def report(matched: Matched, multiplier: float) -> None:
@@ -86,8 +91,10 @@ def report(matched: Matched, multiplier: float) -> None:
     logger.log(logging.WARNING if is_partial else logging.INFO, "%s; multiplier %g", matched.summary(), multiplier)
 
 
-def _matched(choice: LoraChoice, shapes: Mapping[str, tuple[int, ...]], *, shapes_only: bool = False) -> Matched:
-    lora = read_lora(choice.path, flag=FLAG, shapes_only=shapes_only)
+def _matched(
+    choice: LoraChoice, shapes: Mapping[str, tuple[int, ...]], flag: str, *, shapes_only: bool = False
+) -> Matched:
+    lora = read_lora(choice.path, flag=flag, shapes_only=shapes_only)
     if choice.include or choice.exclude:
         lora = select(lora, include=choice.include, exclude=choice.exclude)
     return match(lora, shapes)

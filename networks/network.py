@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.adapter import Adapter, attach, can_attach, detach
+from networks.arguments import Dropout
 from networks.lora_metadata import write_lora
 from networks.module_names import native_name
 from networks.targets import adaptable_layers
@@ -59,6 +60,10 @@ class Network(nn.Module):
     def kinds(self) -> str:
         """`LoRA`, or several when a file had several."""
         return " and ".join(dict.fromkeys(adapter.kind for adapter in self.adapters.values()))
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(adapter.dropout != Dropout() for adapter in self.adapters.values())
 
     @property
     def multiplier(self) -> float:

@@ -49,6 +49,16 @@ class ValidationFlags:
             return self.validate_every_n_epochs
         return self.validate_every_n_epochs or 1
 
+    def is_due(self, *, step: int, epoch_end: int | None) -> bool:
+        """Whether to validate now: before the first step, and as often as was asked for.
+
+        Args:
+            epoch_end: the epoch that has just ended, from 1; None inside of one.
+        """
+        by_step = self.validate_every_n_steps and step % self.validate_every_n_steps == 0
+        by_epoch = self.every_n_epochs and epoch_end is not None and epoch_end % self.every_n_epochs == 0
+        return step == 0 or bool(by_step or by_epoch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkFlags:

@@ -1,4 +1,4 @@
-"""Prompt lines: `a cat --w 832 --h 480 --d 42 --i start.png`, in batch files and in the interactive loop.
+"""Prompt lines: `a cat --w 832 --h 480 --d 42 --i start.png`, in batch files, in the interactive loop and in training.
 
 An option begins at white space and two dashes and ends at the next one, so values may hold spaces but not ` --`.
 """
@@ -6,7 +6,7 @@ An option begins at white space and two dashes and ends at the next one, so valu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 
@@ -24,6 +24,26 @@ class LineOption:
     help: str
     repeats: bool = False
     """Whether repeated options make a list; otherwise the last one wins."""
+    key: str | None = None
+    """What it is called in TOML and JSON; None where there are only lines."""
+
+    def read(self, text: str, shown: str, where: str) -> object:
+        """The value that `text` means.
+
+        Args:
+            shown: the option as it was written, for messages.
+
+        Raises:
+            UserError: no value, a malformed one, or an option of later versions.
+        """
+        if self.field is None:
+            raise UserError(where, shown, "this option to be left out", "not available yet in this version")
+        if not text and self.field != "negative_prompt":
+            raise UserError(where, f"{shown} without a value", self.help, f"give {shown} a value, or leave it out")
+        try:
+            return self.convert(text)
+        except ValueError as error:
+            raise UserError(where, f"{shown} {text}", str(error), "change it") from None
 
 
 def _number(kind: type, name: str) -> Callable[[str], object]:
@@ -60,7 +80,7 @@ GENERATION_OPTIONS = {
     "mct": LineOption(field=None, convert=str, help="MagCache threshold (not available yet)"),
     "mck": LineOption(field=None, convert=str, help="MagCache skips in a row (not available yet)"),
 }
-"""FramePack's options in prompts for generation; training samples have a table of their own."""
+"""FramePack's options in prompts for generation; `options.sample_prompts` has those of training samples."""
 
 SIDES = {"h": 0, "w": 1}
 OPTION_START = re.compile(r"(?:^|\s)--")
@@ -77,8 +97,11 @@ class PromptLine:
     """Values by request flag; `w` and `h` stay apart, because a line may give one of them."""
 
     @classmethod
-    def parse(cls, line: str, where: str) -> PromptLine:
+    def parse(cls, line: str, where: str, options: Mapping[str, LineOption] = GENERATION_OPTIONS) -> PromptLine:
         """Parses a line of a file or of the console.
+
+        Args:
+            options: which there are, by name.
 
         Raises:
             UserError: an unknown option, a missing or malformed value.
@@ -87,10 +110,10 @@ class PromptLine:
         overrides: dict[str, object] = {}
         for piece in pieces:
             name, value = [*piece.strip().split(maxsplit=1), "", ""][:2]
-            option = GENERATION_OPTIONS.get(name)
+            option = options.get(name)
             if option is None:
-                raise _unknown(name, where)
-            converted = _value(option, name, value.strip(), where)
+                raise _unknown(name, where, options)
+            converted = option.read(value.strip(), f"--{name}", where)
             key = name if name in SIDES else option.field
             overrides[key] = (*overrides.get(key, ()), converted) if option.repeats else converted
         return cls(prompt=prompt.strip() or None, overrides=overrides)
@@ -106,23 +129,13 @@ class PromptLine:
         return replace(flags, video_size=tuple(size), **values)
 
 
-def _unknown(name: str, where: str) -> UserError:
-    """Names the nearest option; for a flag of the command line, the inline option that means the same."""
-    short = next((f"here it is --{key}" for key, option in GENERATION_OPTIONS.items() if option.field == name), None)
-    known = [f"--{key}" for key in GENERATION_OPTIONS]
+def _unknown(name: str, where: str, options: Mapping[str, LineOption]) -> UserError:
+    """Names the nearest option; for a flag of the command line or a key, the inline option that means the same."""
+    means = ((key, option.key or option.field) for key, option in options.items())
+    short = next((f"here it is --{key}" for key, meaning in means if meaning == name), None)
+    known = [f"--{key}" for key in options]
     remedy = short or did_you_mean(f"--{name}", known, f"choose one of {' '.join(known)}")
     return UserError(where, f"--{name}" if name else "-- without a name", "a known option", remedy)
-
-
-def _value(option: LineOption, name: str, text: str, where: str) -> object:
-    if option.field is None:
-        raise UserError(where, f"--{name}", "this option to be left out", "not available yet in this version")
-    if not text and option.field != "negative_prompt":
-        raise UserError(where, f"--{name} without a value", option.help, f"write --{name} VALUE")
-    try:
-        return option.convert(text)
-    except ValueError as error:
-        raise UserError(where, f"--{name} {text}", str(error), "change it") from None
 
 
 def options_help() -> str:

@@ -172,6 +172,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 # ---- writing ----
 
 TEXTS = [
+    "😀",
     '"quoted"',
     "C:\\users\\x41\\猫",
     "tab\there",

@@ -16,6 +16,7 @@ from dataset.epochs import ItemKey
 from modules.flow_matching import denoised, noisy, velocity
 from options.errors import UserError
 from options.flags_timesteps import TimestepFlags, check_timesteps, settings_read, unread_settings
+from training.sigma_distribution import sigma_distribution
 from training.timesteps import (
     check_reachable,
     draw_noise,
@@ -121,6 +122,20 @@ def test_a_mixture_is_cut_as_a_whole(flags, cdf):
     """Its parts fall into the range with different probability; cutting each by itself would keep their shares."""
     flags = replace(flags, min_timestep=20, max_timestep=600, preserve_distribution_shape=True)
     assert stats.kstest(draw(flags), cut(cdf, 0.02, 0.6)).pvalue > 0.01
+
+
+def test_the_parts_of_a_mixture_have_their_shares():
+    flux, _ = MIXED[0]
+    distribution = sigma_distribution(replace(flux, logit_mean=-9.0), SIZE)
+    medians = [distribution.at(0.5, mix=mix) for mix in (0.001, 0.789, 0.791, 0.899, 0.901, 0.999)]
+    expected = [math.exp(0.5 + 0.65 / 3840 * (NUM_TOKENS - 256)), math.exp(4.5), math.exp(-2.68)]  # odds
+    assert medians == pytest.approx([odds / (1 + odds) for odds in expected for _ in range(2)])
+
+
+def test_a_part_that_never_falls_into_the_range_is_never_drawn_from():
+    flags = TimestepFlags(timestep_sampling="qinglong_qwen", min_timestep=900, preserve_distribution_shape=True)
+    for mix in (1e-16, 0.5, 1 - 2**-53, 1.0):  # the last as rounding might have it
+        assert 0.9 <= sigma_distribution(flags, SIZE).at(0.5, mix=mix) < 1
 
 
 def test_cutting_is_what_drawing_again_and_again_gives():
@@ -441,6 +456,11 @@ def test_strata_hold_for_whole_timesteps():
 def test_a_batch_of_strata_needs_a_quantile_for_every_item():
     with pytest.raises(ValueError):
         draw_sigmas(TimestepFlags(), seeds(2), latent_size=SIZE, quantiles=[0.5])
+
+
+@pytest.mark.parametrize(("number", "strata"), [(None, None), (0, None), (1, None), (2, 2), (50, 50)])
+def test_strata_begin_with_two(number, strata):
+    assert TimestepFlags(num_timestep_buckets=number).num_strata == strata
 
 
 # ---- weights and the noisy latents ----

@@ -212,6 +212,7 @@ def test_timesteps_can_be_shown_without_models_and_output():
         ("--seed -1", "--seed: got -1; expected 0 to 9223372036854775807"),
         ("--seed 9223372036854775808", "--seed: got 9223372036854775808"),
         ("--guidance_scale nan", "--guidance_scale: got nan; expected a number from 0"),
+        ("--guidance_scale inf", "--guidance_scale: got inf"),
         ("--guidance_scale -1", "--guidance_scale: got -1.0"),
         ("--scale_weight_norms 0", "--scale_weight_norms: got 0.0; expected a number above 0"),
         ("--scale_weight_norms nan", "--scale_weight_norms: got nan"),
@@ -292,6 +293,8 @@ def test_what_has_no_effect_is_logged(argv, warning, caplog):
         "--save_every_n_epochs 1 --save_last_n_epochs 3 --save_every_n_steps 10 --save_last_n_steps 20",
         "--base_weights a b --base_weights_multiplier 0.5",
         "--validation_dataset_config v.toml",
+        "--network_weights a --dim_from_weights",
+        "--one_frame --sample_at_first --sample_prompts a --vae b --text_encoder1 c --text_encoder2 d --image_encoder e",
         "--seed 9223372036854775807 --vae_dtype float16 --resume auto",
     ],
 )

@@ -96,7 +96,7 @@ class SigmaDistribution:
             sigma = self.low + (self.high - self.low) * sigma
         if self.is_whole:
             sigma = math.ceil(NUM_TIMESTEPS * sigma) / NUM_TIMESTEPS
-        return min(max(sigma, self.low), self.high)
+        return sigma
 
     def _picked(self, mix: float) -> Component:
         rest = mix * sum(component.probability for component in self.components)

@@ -216,6 +216,15 @@ def state_step(folder: Path) -> int:
     return _read_seal(folder)["global_step"]
 
 
+def recorded_fingerprint(folder: Path) -> dict[str, object]:
+    """The fingerprint of a complete state's run.
+
+    Raises:
+        UserError: it is none.
+    """
+    return _read_seal(folder)["fingerprint"]
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a folder is a state that can be read."""
     try:

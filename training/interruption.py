@@ -1,0 +1,45 @@
+"""Ctrl-C and the system's request to stop: heard at once, heeded between two optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+
+
+class Interruption:
+    """Whether a signal came, and which."""
+
+    number: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """As shells count it."""
+        return 128 + (self.number or signal.SIGINT)
+
+    def hear(self, number: int, frame: object) -> None:
+        if self.number is not None:  # whoever asks twice does not want to wait for a step
+            raise KeyboardInterrupt
+        self.number = number
+        logger.warning("%s: saving after this step; once more ends at once", signal.Signals(number).name)
+
+
+@contextmanager
+def listening() -> Iterator[Interruption]:
+    """Signals are only noted inside; outside of the main thread nobody gets them."""
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    before = {number: signal.signal(number, interruption.hear) for number in SIGNALS}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

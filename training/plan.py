@@ -1,0 +1,220 @@
+"""Everything about a run that is known before weights are loaded, with every check that can be made by then."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.device import pick_device
+from common.processes import Processes
+from common.weights import fingerprint
+from dataset.cache_checks import MAIN
+from dataset.config import DatasetConfig, load_dataset_config
+from dataset.training_dataset import TrainingDataset
+from networks.lora_merge import LoraMerge, plan_merge
+from networks.network import Network
+from options.errors import UserError
+from options.flags_saving import AUTO, HubFolder
+from options.flags_train import TrainFlags
+from training.architecture import Architecture
+from training.checkpoints import SavePlan, check_room
+from training.networks import base_choices, network_arguments, open_network, shape_of
+from training.rehearsal import rehearse
+from training.resuming import newest_state, run_fingerprint
+from training.states import check_state, recorded_fingerprint
+from training.timesteps import check_reachable
+from training.tracking import check_trackers
+from training.upload import download_state
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BASE_FLAG = "--base_weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """A run that could start."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the transformer."""
+    mixed_precision: str
+    """`no`, `fp16` or `bf16`."""
+    seed: int
+    dataset: TrainingDataset
+    validation: TrainingDataset | None
+    config: DatasetConfig
+    network: Network
+    """On the CPU, not applied."""
+    network_dim: int
+    network_alpha: float
+    merge: LoraMerge
+    """`--base_weights`."""
+    batches_per_step: int
+    """Of one process."""
+    steps_per_epoch: int
+    num_steps: int
+    num_epochs: int
+    saves: SavePlan
+    resume: Path | None
+    fingerprint: dict[str, object]
+    """See `training.resuming.run_fingerprint`."""
+    settings: dict[str, object]
+    """What may change from a state to its continuation."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What the network computes in; None is float32."""
+        return DTYPES.get(self.mixed_precision)
+
+
+def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes) -> TrainPlan:
+    """Decides and checks.
+
+    Raises:
+        UserError: anything that can be found out without weights.
+    """
+    device = pick_device(processes.device_name(flags.devices.device))
+    mixed_precision = _mixed_precision(flags, device)
+    check_trackers(flags.tracking)
+    resume = _resume_folder(flags, processes)
+    seed = _seed(flags, resume, processes)
+
+    merge = plan_merge(base_choices(flags.network), architecture.checkpoint, flag=BASE_FLAG)
+    network = open_network(flags.network, architecture.empty_transformer(), seed=seed)
+    network_dim, network_alpha = shape_of(network, flags.network)
+    flags.memory.num_checkpointed(architecture.empty_transformer().num_blocks)
+
+    config = load_dataset_config(flags.data.dataset_config)
+    dataset = _open_dataset(config, architecture)
+    validation = None
+    if flags.validation.validation_dataset_config:
+        flag = "--validation_dataset_config"
+        validation = _open_dataset(
+            load_dataset_config(flags.validation.validation_dataset_config, flag=flag), architecture
+        )
+    check_reachable(flags.timesteps, {layout.shape(MAIN)[-2:] for layout in dataset.layouts})
+
+    batches_per_step = flags.run.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(math.ceil(dataset.num_batches / processes.world) / batches_per_step)
+    num_steps = (flags.run.max_train_epochs or 0) * steps_per_epoch or flags.run.max_train_steps
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+    rehearse(flags.optimizer, num_steps=num_steps, device=device, loraplus_lr_ratio=network.loraplus_lr_ratio)
+    saves = SavePlan(flags=flags.saving, num_steps=num_steps, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+    prints = run_fingerprint(
+        network_module=flags.network.network_module,
+        network_dim=network_dim,
+        network_alpha=network_alpha,
+        network_args=network_arguments(flags.network),
+        base_model=_base_model(architecture, merge),
+        optimizer_type=flags.optimizer.optimizer_type,
+        seed=seed,
+        buckets=dataset.buckets,
+        batches_per_step=batches_per_step * processes.world,
+    )
+    if resume:
+        check_state(resume, prints)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    item_bytes = getattr(torch, flags.saving.dtype_name).itemsize
+    if processes.is_main:
+        check_room(saves, file_bytes=item_bytes * num_parameters, state_bytes=12 * num_parameters)
+    return TrainPlan(
+        device=device,
+        dtype=_transformer_dtype(mixed_precision, device),
+        mixed_precision=mixed_precision,
+        seed=seed,
+        dataset=dataset,
+        validation=validation,
+        config=config,
+        network=network,
+        network_dim=network_dim,
+        network_alpha=network_alpha,
+        merge=merge,
+        batches_per_step=batches_per_step,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_epochs=num_epochs,
+        saves=saves,
+        resume=resume,
+        fingerprint=prints,
+        settings=_settings(flags, mixed_precision, num_steps),
+    )
+
+
+def _open_dataset(config: DatasetConfig, architecture: Architecture) -> TrainingDataset:
+    for dataset in config.datasets:
+        architecture.rules.check(dataset)
+    found = TrainingDataset(config, architecture.rules, architecture.scripts)
+    for layout in found.layouts:
+        architecture.check_batch(layout.contents)
+    return found
+
+
+def _mixed_precision(flags: TrainFlags, device: torch.device) -> str:
+    """What was asked for, else what `accelerate launch` says."""
+    import os
+
+    chosen = flags.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if chosen not in ("no", "fp16", "bf16"):
+        raise UserError("--mixed_precision", f"{chosen} from accelerate", "no, fp16 or bf16", "give --mixed_precision")
+    if chosen == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed_precision", chosen, "a GPU that computes in bfloat16", "use fp16")
+    return chosen
+
+
+def _transformer_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """Mixed precision asks for its own type; else the published bfloat16 on a GPU, float32 on a CPU."""
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES.get(mixed_precision, default)
+
+
+def _resume_folder(flags: TrainFlags, processes: Processes) -> Path | None:
+    saving = flags.saving
+    if saving.resume is None:
+        return None
+    if saving.resume == AUTO:
+        found = newest_state(saving.output_dir, saving.output_name) if processes.is_main else None
+        return processes.gather(found)[0]
+    if saving.resume_from_huggingface:
+        return download_state(HubFolder.parse(saving.resume), token=flags.upload.huggingface_token)
+    return Path(saving.resume)
+
+
+def _seed(flags: TrainFlags, resume: Path | None, processes: Processes) -> int:
+    """The one that was given, else that of the state, else a random one, the same in all processes."""
+    if flags.run.seed is not None:
+        return flags.run.seed
+    if resume is not None:
+        return recorded_fingerprint(resume)["seed"]
+    return processes.gather(secrets.randbits(32))[0]
+
+
+def _base_model(architecture: Architecture, merge: LoraMerge) -> str:
+    """Which weights are trained on."""
+    import hashlib
+
+    digest = hashlib.sha256(fingerprint(architecture.checkpoint).encode())
+    for choice in merge.choices:
+        digest.update(f"{choice.multiplier}".encode())
+        with open(choice.path, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _settings(flags: TrainFlags, mixed_precision: str, num_steps: int) -> dict[str, object]:
+    from dataclasses import asdict
+
+    network = flags.network
+    return {
+        **{name: str(value) for name, value in asdict(flags.optimizer).items()},
+        **asdict(flags.timesteps),
+        "network_dropout": network.network_dropout,
+        "scale_weight_norms": network.scale_weight_norms,
+        "mixed_precision": mixed_precision,
+        "guidance_scale": flags.run.guidance_scale,
+        "masked_loss": flags.data.masked_loss,
+        "max_train_steps": num_steps,
+    }
