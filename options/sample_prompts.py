@@ -71,6 +71,8 @@ PROMPT, SUBSET = "prompt", "subset"
 class SamplePrompt:
     """One prompt as it stands in its file, not understood yet."""
 
+    number: int
+    """Its place in the file, from 0."""
     where: str
     """`prompts.txt line 3`."""
     entry: object
@@ -181,7 +183,10 @@ def sample_prompts(path: str) -> tuple[SamplePrompt, ...]:
     if not entries:
         raise UserError(FLAG, path, "at least one prompt", "write one")
     word = FIRST[kind]
-    return tuple(SamplePrompt(where=f"{file.name} {word} {number}", entry=entry) for number, entry in entries)
+    return tuple(
+        SamplePrompt(number=number, where=f"{file.name} {word} {place}", entry=entry)
+        for number, (place, entry) in enumerate(entries)
+    )
 
 
 def _toml_entries(text: str) -> list[tuple[int, object]]:

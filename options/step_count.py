@@ -35,7 +35,7 @@ class StepCount:
             share = float(number)
         if not 0 <= share <= 1:
             raise ValueError(text)
-        return cls(value=share)
+        return cls(value=share or 0)
 
     def of(self, num_steps: int) -> int:
         """How many steps that is in a run of `num_steps`; what is over a whole number does not count."""

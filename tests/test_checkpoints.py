@@ -133,6 +133,9 @@ def test_states_are_kept_as_files_unless_told_otherwise(tmp_path) -> None:
 
 def test_states_are_left_alone_where_none_are_saved() -> None:
     assert plan(save_every_n_epochs=1, save_last_n_epochs=1).after_epoch(3).removed == (f"{NAME}-000002.safetensors",)
+    assert plan(save_every_n_steps=1, save_last_n_steps=1).after_step(3).removed == (
+        f"{NAME}-step00000001.safetensors",
+    )
 
 
 def test_nothing_is_removed_before_the_new_file_and_state_are_there(tmp_path) -> None:

@@ -220,6 +220,17 @@ def test_wrong_arguments_are_named(name: str, args: list[str], complaint: str) -
     assert complaint in str(error_of(lambda: create_optimizer(flags(name, *args), groups(weights()))))
 
 
+def test_classes_that_take_anything_are_given_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Open(torch.optim.SGD):
+        def __init__(self, params, **others) -> None:
+            super().__init__(params, lr=others.pop("lr"))
+            self.others = others
+
+    monkeypatch.setattr(sys.modules["some_package"], "Open", Open, raising=False)
+    optimizer = create_optimizer(flags("some_package.Open", "whatever=3"), groups(weights()))
+    assert (optimizer.others, optimizer.defaults["lr"]) == ({"whatever": 3}, RATE)
+
+
 def test_metadata_names_class_and_arguments() -> None:
     chosen = flags("adamw", "weight_decay=0.01", "betas=(0.9, 0.99)")
     optimizer = create_optimizer(chosen, groups(weights()))
@@ -428,7 +439,7 @@ def test_a_recipe_is_understood() -> None:
     ("text", "value", "of_1000"),
     [
         *[("100", 100, 100), ("100.0", 100, 100), ("1", 1, 1), ("1.0", 1, 1), ("0", 0, 0), ("0.0", 0, 0)],
-        *[("0.1", 0.1, 100), ("10%", 0.1, 100), ("100%", 1.0, 1000), ("0%", 0.0, 0), ("0.29", 0.29, 290)],
+        *[("0.1", 0.1, 100), ("10%", 0.1, 100), ("100%", 1.0, 1000), ("0%", 0, 0), ("0.29", 0.29, 290)],
         *[("2.5 %", 0.025, 25), ("5000", 5000, 5000), ("0.0019", 0.0019, 1)],
     ],
 )
@@ -437,7 +448,12 @@ def test_steps_are_counts_or_shares(text: str, value: float, of_1000: int) -> No
     assert (steps.value, type(steps.value)) == (value, type(value))
     assert steps.of(1000) == of_1000
     assert bool(steps) == (value > 0)
-    assert StepCount.parse(str(steps)) == steps
+    again = StepCount.parse(str(steps))
+    assert (again.value, type(again.value)) == (value, type(value))
+
+
+def test_shares_are_not_short_of_a_step_by_rounding() -> None:
+    assert [StepCount.parse(f"{share}%").of(100) for share in range(101)] == list(range(101))
 
 
 @pytest.mark.parametrize("text", ["ten", "-1", "-0.5", "1.5", "101%", "-1%", "nan", "inf", "%", ""])

@@ -90,6 +90,7 @@ def error_of(action: Callable[[], object]) -> UserError:
         (flags("cosine", warmup="0.25"), 10, {}),
         (flags("cosine", "num_cycles=1.5", warmup="4"), 4, {"num_cycles": 1.5}),
         (flags("cosine_with_restarts", warmup="10%", lr_scheduler_num_cycles=3), 4, {"num_cycles": 3}),
+        (flags("cosine_with_restarts", "num_cycles=4"), 0, {"num_cycles": 4}),
         (flags("polynomial", warmup="4", lr_scheduler_power=2.0), 4, {"power": 2.0}),
         (flags("polynomial", "lr_end=1e-4"), 0, {"lr_end": 1e-4}),
         (flags("inverse_sqrt", warmup="4"), 4, {"timescale": None}),
@@ -384,6 +385,18 @@ def test_another_schedule_takes_over_where_the_first_one_was(
         *(row[:2] for row in go(resumed, follower, range(num_steps, STEPS))),
     ]
     assert rates == curve(*begin(after))[num_steps:]
+
+
+def test_the_position_is_not_lost_where_there_is_no_schedule() -> None:
+    optimizer, scheduler = begin(flags("cosine"))
+    go(optimizer, scheduler, range(10))
+    for chosen, steps in ((flags(), range(10, 20)), (flags(), range(20, 30)), (flags("linear"), range(30, 30))):
+        states = optimizer.state_dict(), scheduler.state_dict()
+        optimizer, scheduler = begin(chosen)
+        optimizer.load_state_dict(states[0])
+        scheduler.load_state_dict(states[1])
+        go(optimizer, scheduler, steps)
+    assert scheduler.get_last_lr() == [rate * 0.25 for rate in RATES]
 
 
 def test_a_schedule_without_positions_cannot_take_over() -> None:

@@ -25,7 +25,7 @@ from training import states
 from training.metadata import Session
 from training.random_state import random_state, restore_random_state
 from training.resuming import changed_settings, newest_state, remove_leftovers, run_fingerprint, set_learning_rates
-from training.states import RunState, check_state, load_state, remove_state, save_state
+from training.states import RunState, check_state, load_state, remove_state, save_state, state_step
 
 NAME = "桜 v1.0"
 FINGERPRINT = {"seed": 42, "network_dim": 4, "network_args": {"conv_dim": "2"}, "data": "3 items (abc)"}
@@ -458,6 +458,25 @@ def test_auto_passes_over_incomplete_states_with_a_warning(tmp_path, caplog) -> 
     assert "optimizer.pt is missing" in caplog.text and "passes over it" in caplog.text
 
 
+def test_of_a_killed_save_the_later_folder_is_taken_and_none_is_removed_that_is_the_only_one(tmp_path) -> None:
+    save_state(tmp_path / "source", state(5))
+    folder, new, old = (tmp_path / f"{NAME}-state{mark}" for mark in ("", ".new", ".old"))
+
+    def left(*there: Path, keep: Path | None) -> set[Path]:
+        for place in (folder, new, old):
+            shutil.rmtree(place, ignore_errors=True)
+        for place in there:
+            shutil.copytree(tmp_path / "source", place)
+        assert newest_state(tmp_path, NAME) == there[0]
+        remove_leftovers(tmp_path, NAME, keep=keep)
+        return {place for place in (folder, new, old) if place.exists()}
+
+    assert left(new, folder, keep=new) == {new, folder}
+    assert left(new, folder, old, keep=new) == {new, folder}
+    assert left(new, old, keep=None) == {new, old}
+    assert left(folder, old, keep=folder) == {folder}
+
+
 def test_leftovers_of_other_runs_in_the_folder_stay(tmp_path) -> None:
     for name in ("other-state.new", f"{NAME}2-state.new", f"{NAME}-notes.new", f"{NAME}.safetensors"):
         (tmp_path / name).mkdir()
@@ -530,11 +549,13 @@ def test_a_save_that_is_killed_anywhere_loses_no_state(tmp_path, monkeypatch, re
         save_at(folder, {"-000001": 1})
         with killed_at(monkeypatch, last), pytest.raises(Killed):
             save_at(folder, {suffix: 2})
+        newest = newest_state(folder, NAME)
         if again:
+            step = state_step(newest)
             with killed_at(monkeypatch, last // 2), pytest.raises(Killed):
                 save_at(folder, {suffix: 2})
-        newest = newest_state(folder, NAME)
-        assert newest is not None, last
+            newest = newest_state(folder, NAME)
+            assert state_step(newest) >= step, last
         reached = load_state(newest, FINGERPRINT)
         assert reached.global_step in (1, 2) and reached.network["a.lora_up.weight"][0, 0] == reached.global_step
         remove_leftovers(folder, NAME, keep=newest)
@@ -545,6 +566,22 @@ def test_a_save_that_is_killed_anywhere_loses_no_state(tmp_path, monkeypatch, re
         kept = {f"{NAME}-000001-state", f"{NAME}{suffix}-state"}
         assert {entry.name for entry in folder.iterdir()} == kept, last
         assert load_state(folder / f"{NAME}{suffix}-state", FINGERPRINT).global_step == 3
+
+
+def test_old_state_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch) -> None:
+    save_at(tmp_path, {"": 1})
+    rename = Path.rename
+
+    def refuse_new(old: Path, new: Path) -> Path:
+        if old.suffix == ".new":
+            raise PermissionError("open elsewhere")
+        return rename(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "rename", refuse_new)
+        save_at(tmp_path, {"": 2})
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"{NAME}-state"]
+    assert load_state(tmp_path / f"{NAME}-state", {}).global_step == 1
 
 
 def test_ctrl_c_while_saving_leaves_the_old_state_and_nothing_beside_it(tmp_path, monkeypatch) -> None:

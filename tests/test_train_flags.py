@@ -294,7 +294,8 @@ def test_what_has_no_effect_is_logged(argv, warning, caplog):
         "--base_weights a b --base_weights_multiplier 0.5",
         "--validation_dataset_config v.toml",
         "--network_weights a --dim_from_weights",
-        "--one_frame --sample_at_first --sample_prompts a --vae b --text_encoder1 c --text_encoder2 d --image_encoder e",
+        "--f1 --sample_at_first --sample_prompts a --vae b --text_encoder1 c --text_encoder2 d --image_encoder e",
+        "--one_frame",
         "--seed 9223372036854775807 --vae_dtype float16 --resume auto",
     ],
 )

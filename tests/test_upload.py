@@ -15,13 +15,17 @@ class Hub:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict]] = []
+        self.num_inside = self.most_inside = 0
         self.gate = threading.Event()
         self.gate.set()
         self.broken: set[str] = set()
 
     def __getattr__(self, name: str):
         def call(**arguments: object):
+            self.num_inside += 1
+            self.most_inside = max(self.most_inside, self.num_inside)
             assert self.gate.wait(timeout=30)
+            self.num_inside -= 1
             if name in self.broken:
                 raise ConnectionError("the hub\nis away")
             self.calls.append((name, arguments))
@@ -109,6 +113,7 @@ def test_training_goes_on_while_files_are_uploaded_one_after_the_other(lora) -> 
     hub.gate.set()
     assert to_hub.close() == []
     assert [arguments["path_in_repo"] for _, arguments in hub.calls] == [path.name for path in others]
+    assert hub.most_inside == 1
 
 
 def test_a_file_is_settled_when_its_upload_is_over(lora) -> None:

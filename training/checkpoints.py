@@ -133,7 +133,6 @@ class SavePlan:
             present |= set(save.written)
             gone = present & set(save.removed)
             now -= sum(state_bytes if name.endswith(STATE) else file_bytes for name in gone)
-            present -= gone
         return fullest
 
     def _step_name(self, step: int) -> str:

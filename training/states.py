@@ -144,23 +144,32 @@ def _write_seal(folder: Path, state: RunState) -> None:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends well."""
-    new, old = _beside(folder, NEW), _beside(folder, OLD)
-    if not folder.exists() and is_complete(new):
-        new.rename(folder)
+    new = _beside(folder, NEW)
+    if is_complete(new):  # a process was killed just before it renamed this one
+        _put_in_place(new, folder)
     if new.exists():
         shutil.rmtree(new)
     new.mkdir(parents=True)
     try:
         yield new
-        if folder.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            folder.rename(old)
+        _put_in_place(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; the one that is there steps aside, and comes back if that fails."""
+    old = _beside(folder, OLD)
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    try:
         new.rename(folder)
     except BaseException:
-        if old.exists() and not folder.exists():
+        if old.exists():
             old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

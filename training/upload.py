@@ -75,8 +75,6 @@ class Uploader:
         Returns:
             What could not be uploaded.
         """
-        for path in list(self._pending):
-            self.settle(path)
         if self._executor is not None:
             self._executor.shutdown()
         if self.failed:
