@@ -13,6 +13,16 @@ from pathlib import Path
 from options.errors import UserError
 
 
+def _new_file_mode() -> int:
+    """What the system gives to new files; it can only be asked by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+NEW_FILE_MODE = _new_file_mode()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` (made if need be) that becomes `path` when the block ends well.
@@ -26,6 +36,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         flush_to_disk(temporary)
+        # Some writers make files that nobody else may read; a result shall be as readable as any new file.
+        temporary.chmod(NEW_FILE_MODE)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from networks import peft_config, scale_folding
 from networks.deltas import DOWN, UP, Factors
@@ -116,7 +117,9 @@ def combine(
             cannot hold.
     """
     _check_architectures([lora for lora, _ in loras])
-    modules = {name: _combined(name, loras, rank, device) for name in _names(loras)}
+    # Side by side is done at once; only cutting takes long enough to be watched.
+    names = tqdm(_names(loras), desc=f"rank {rank}", leave=False, disable=True if rank is None else None)
+    modules = {name: _combined(name, loras, rank, device) for name in names}
     if rank is not None:
         _log_errors(modules, rank)
     tensors: Tensors = {}

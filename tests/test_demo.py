@@ -26,7 +26,9 @@ COMMANDS = [text.replace("\\\n", " ") for kind, text in BLOCKS if kind == "bash"
 GUIDE = DOCUMENT.parent / "dataset.md"
 GUIDE_TEXT = GUIDE.read_text(encoding="utf-8")
 CACHING_COMMANDS = re.findall(r"^python (fpack_cache_\w+\.py.*)$", GUIDE_TEXT.replace("\\\n", " "), re.MULTILINE)
-PICTURES = [DOCUMENT.parent / name for name in re.findall(r"pictures/[\w-]+\.png", TEXT + GUIDE_TEXT)]
+LORA_TEXT = (DOCUMENT.parent / "lora.md").read_text(encoding="utf-8")
+ALL_TEXTS = TEXT + GUIDE_TEXT + LORA_TEXT
+PICTURES = [DOCUMENT.parent / name for name in re.findall(r"pictures/[\w-]+\.png", ALL_TEXTS)]
 SCRIPTS = {
     "fpack_cache_latents.py": (fpack_cache_latents, FramePackCacheLatentsFlags),
     "fpack_cache_text_encoder_outputs.py": (fpack_cache_text_encoder_outputs, FramePackCacheTextsFlags),

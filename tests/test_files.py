@@ -152,3 +152,11 @@ def test_safetensors_file_without_metadata_stays_as_it_is(tmp_path):
     before = path.read_bytes()
     sort_safetensors_metadata(path)
     assert path.read_bytes() == before
+
+
+def test_a_result_is_as_readable_as_any_new_file(tmp_path):
+    """Some writers, safetensors for one, make files that only their owner may read."""
+    (tmp_path / "plain").touch()
+    with atomic_file(tmp_path / "result") as temporary:
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "result").stat().st_mode == (tmp_path / "plain").stat().st_mode

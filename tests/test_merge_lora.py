@@ -309,10 +309,10 @@ def test_a_lora_of_zeros_loses_nothing(num_files: int, tmp_path: Path) -> None:
 
 
 def test_a_rank_beyond_the_deltas_own_stays_finite(tmp_path: Path) -> None:
-    """As wide as the layer only because the same columns come twice."""
-    (file,) = read_all(tmp_path, lora(FIRST, 8))
-    pairs = [(file, 1.0), (file, 0.5)]
-    tensors, _ = combine(pairs, rank=12)
+    """As wide as the layer only because the same columns come twice; whole numbers, so the other values are zero."""
+    (file,) = read_all(tmp_path, {key: tensor.round() for key, tensor in lora(FIRST, 8, 8.0).items()})
+    pairs = [(file, 1.0), (file, 2.0)]
+    tensors, _ = combine(pairs, rank=IN)
     assert_does(saved(tmp_path / "out.safetensors", tensors), summed(pairs), 1e-5)
 
 
