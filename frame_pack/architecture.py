@@ -21,6 +21,8 @@ from modules.flow_matching import NUM_TIMESTEPS
 from networks.lora_merge import LoraMerge
 from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags
+from options.flags_generate import RequestFlags
+from options.geometry import FRAMEPACK_FPS
 
 TEXT, TEXT_MASK, POOLED = "llama_vec", "llama_attention_mask", "clip_l_pooler"
 NEEDED = ("latents", "latent_indices", "latents_clean", "clean_latent_indices", FEATURES, TEXT, TEXT_MASK, POOLED)
@@ -49,6 +51,16 @@ class FramePackArchitecture:
         checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
         check_names_and_shapes(build_transformer(checkpoint), checkpoint)
         return cls(checkpoint=checkpoint, distilled_guidance=flags.run.guidance_scale, flags=flags)
+
+    @property
+    def sample_defaults(self) -> RequestFlags:
+        options = self.flags.framepack
+        return RequestFlags(
+            f1=options.f1,
+            latent_window_size=options.latent_window_size,
+            one_frame_inference="default" if options.one_frame else None,
+            video_seconds=1 / FRAMEPACK_FPS,
+        )
 
     def load_transformer(
         self, *, dtype: torch.dtype, device: torch.device, merge: LoraMerge | None = None

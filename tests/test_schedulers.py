@@ -17,7 +17,8 @@ from options.errors import UserError
 from options.flags_optimizer import SCHEDULERS, OptimizerFlags, check_optimizer
 from options.step_count import StepCount
 from training.optimizers import create_optimizer
-from training.schedulers import create_scheduler, learning_rates
+from training.resuming import set_learning_rates
+from training.schedulers import create_scheduler
 
 RATES = (1e-3, 4e-3)
 STEPS = 40
@@ -155,6 +156,16 @@ def test_schedules_that_need_the_loss_get_it(name: str) -> None:
         scheduler.step()
 
 
+def test_a_loss_that_is_no_number_is_passed_over() -> None:
+    def rates(losses: list[float]) -> list[float]:
+        _, scheduler = begin(flags("greedy", "smooth=True", "patience=1", "min_lr=1e-6"))
+        for loss in losses:
+            scheduler.step(loss)
+        return scheduler.get_last_lr()
+
+    assert rates([1.0, float("nan"), 0.9, 0.8, float("inf"), 0.7]) == rates([1.0, 0.9, 0.8, 0.7]) != list(RATES)
+
+
 def test_a_loss_changes_nothing_where_none_is_needed() -> None:
     optimizer, scheduler = begin(flags("linear"))
     other, follower = begin(flags("linear"))
@@ -204,6 +215,7 @@ def test_rates_of_adafactors_relative_steps_are_those_it_takes() -> None:
             take_step(each)
             follower.step()
         assert scheduler.get_last_lr() == [float(rate) for rate in oracle.get_last_lr()]
+        assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
     for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
         assert torch.equal(ours["params"][0], theirs["params"][0])
 
@@ -387,6 +399,24 @@ def test_another_schedule_takes_over_where_the_first_one_was(
     assert rates == curve(*begin(after))[num_steps:]
 
 
+@pytest.mark.parametrize("before", [flags("cosine"), flags()])
+@pytest.mark.parametrize("after", ["linear", "constant"])
+def test_another_schedule_and_another_rate_go_together(before: OptimizerFlags, after: str) -> None:
+    optimizer, scheduler = begin(before)
+    go(optimizer, scheduler, range(10))
+    changed = flags(after, learning_rate=2 * RATES[0])
+    faster = [{**group, "lr": 2 * group["lr"]} for group in groups()]
+    resumed = create_optimizer(changed, faster)
+    follower = create_scheduler(changed, resumed, num_steps=STEPS)
+    resumed.load_state_dict(saved(optimizer.state_dict()))
+    follower.load_state_dict(saved(scheduler.state_dict()))
+    set_learning_rates(resumed, follower, [2 * rate for rate in RATES])
+    expected = [2 * rate * (0.75 if after == "linear" else 1) for rate in RATES]
+    assert [group["lr"] for group in resumed.param_groups] == follower.get_last_lr() == expected
+    go(resumed, follower, range(10, 20))
+    assert follower.get_last_lr() == [2 * rate * (0.5 if after == "linear" else 1) for rate in RATES]
+
+
 def test_the_position_is_not_lost_where_there_is_no_schedule() -> None:
     optimizer, scheduler = begin(flags("cosine"))
     go(optimizer, scheduler, range(10))
@@ -423,21 +453,3 @@ def test_base_rates_can_be_changed_from_outside() -> None:
     go(optimizer, scheduler, range(10, 20))
     assert scheduler.get_last_lr() == [0.5, 1.0]
     assert not hasattr(begin(flags())[1], "base_lrs")
-
-
-# ---- the log ----
-
-
-def test_logged_rates_have_the_names_of_the_groups() -> None:
-    optimizer, scheduler = begin(flags("linear"))
-    go(optimizer, scheduler, range(10))
-    assert learning_rates(optimizer, scheduler) == {"lr/unet": RATES[0] * 0.75, "lr/unet plus": RATES[1] * 0.75}
-
-
-def test_rates_that_an_optimizer_finds_itself_are_logged_too() -> None:
-    optimizer, scheduler = begin(flags())
-    first, second = optimizer.param_groups
-    first["d"] = 0.5
-    second["d"], second["effective_lr"] = 0.25, 8.0
-    expected = {"lr/unet": 1e-3, "lr/d*lr/unet": 5e-4, "lr/unet plus": 4e-3, "lr/d*eff_lr/unet plus": 2.0}
-    assert learning_rates(optimizer, scheduler) == expected

@@ -584,6 +584,15 @@ def test_old_state_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, m
     assert load_state(tmp_path / f"{NAME}-state", {}).global_step == 1
 
 
+@pytest.mark.parametrize("mark", [".new", ".old"])
+def test_what_an_interrupted_save_left_does_not_hinder_the_next_one(tmp_path, mark: str) -> None:
+    save_at(tmp_path, {"": 1})
+    (tmp_path / f"{NAME}-state{mark}" / "deep").mkdir(parents=True)
+    save_at(tmp_path, {"": 2})
+    assert [entry.name for entry in tmp_path.iterdir()] == [f"{NAME}-state"]
+    assert load_state(tmp_path / f"{NAME}-state", {}).global_step == 2
+
+
 def test_ctrl_c_while_saving_leaves_the_old_state_and_nothing_beside_it(tmp_path, monkeypatch) -> None:
     save_at(tmp_path, {"": 1})
 

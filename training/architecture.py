@@ -14,6 +14,7 @@ from dataset.training_dataset import TrainBatch
 from generation.pipeline import Pipeline
 from modules.checkpointing import Checkpointing
 from networks.lora_merge import LoraMerge
+from options.flags_generate import RequestFlags
 
 
 class Transformer(Protocol):
@@ -37,6 +38,10 @@ class Architecture(Protocol):
     """Which make the caches."""
     checkpoint: Checkpoint
     """The transformer's."""
+
+    @property
+    def sample_defaults(self) -> RequestFlags:
+        """What sample prompts leave open."""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer on the meta device: what a network can be tried on before weights are loaded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -70,18 +71,6 @@ def create_scheduler(flags: OptimizerFlags, optimizer: Optimizer, *, num_steps: 
     return _named(kind, flags, optimizer, num_steps)
 
 
-def learning_rates(optimizer: Optimizer, scheduler: Scheduler) -> dict[str, float]:
-    """What is logged: `lr/{group}`, and `lr/d*lr/{group}` for optimizers that find a factor d of it themselves."""
-    rates = {}
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        rates[f"lr/{group['name']}"] = float(rate)
-        if "d" in group and "effective_lr" in group:
-            rates[f"lr/d*eff_lr/{group['name']}"] = float(group["d"] * group["effective_lr"])
-        elif "d" in group:
-            rates[f"lr/d*lr/{group['name']}"] = float(group["d"] * group["lr"])
-    return rates
-
-
 class _Schedule:
     """A scheduler of a library, whose state also tells its kind and how far it has come."""
 
@@ -110,10 +99,13 @@ class _Schedule:
         self._scheduler._last_lr = rates
 
     def step(self, loss: float | None = None) -> None:
-        if self._needs_loss and loss is None:
-            raise ValueError(f"{self._kind} needs the loss of every step")
-        self._scheduler.step(*([loss] if self._needs_loss else []))
         self._num_steps += 1
+        if not self._needs_loss:
+            self._scheduler.step()
+        elif loss is None:
+            raise ValueError(f"{self._kind} needs the loss of every step")
+        elif math.isfinite(loss):  # a running average of losses would never get over another
+            self._scheduler.step(loss)
 
     def get_last_lr(self) -> list[float]:
         return self._scheduler.get_last_lr()
@@ -127,6 +119,8 @@ class _Schedule:
             self._scheduler.load_state_dict(state["state"])
         elif isinstance(self._scheduler, LambdaLR):
             _log_change(state["kind"], self._kind, self._num_steps)
+            for group, rate in zip(self._scheduler.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = group["initial_lr"] = rate
             if self._num_steps:
                 # One more than the true count: torch warns of a first step without one of the optimizer.
                 vars(self._scheduler).update(last_epoch=self._num_steps - 1, _step_count=self._num_steps + 1)
@@ -146,21 +140,21 @@ class _Unscheduled:
     def __init__(self, optimizer: Optimizer, kind: str, initial_lr: float | None) -> None:
         self._optimizer = optimizer
         self._kind = kind
-        self._initial_lr = initial_lr
-        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._is_relative = initial_lr is not None
+        for group in optimizer.param_groups if self._is_relative else []:
+            group["lr"] = initial_lr
+        self._rates = self.get_last_lr()
         self._num_steps = 0
 
     def step(self, loss: float | None = None) -> None:
         self._num_steps += 1
+        for group in self._optimizer.param_groups if self._is_relative else []:
+            # For the log only: the optimizer does not read what it is told.
+            if state := self._optimizer.state.get(group["params"][0]):
+                group["lr"] = float(self._optimizer._get_lr(group, state))
 
     def get_last_lr(self) -> list[float]:
-        return [self._rate(group) for group in self._optimizer.param_groups]
-
-    def _rate(self, group: dict[str, Any]) -> float:
-        if self._initial_lr is None:
-            return float(group["lr"])
-        state = self._optimizer.state.get(group["params"][0])
-        return float(self._optimizer._get_lr(group, state)) if state else self._initial_lr
+        return [group["lr"] for group in self._optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": self._kind, "num_steps": self._num_steps, "state": {}}
@@ -170,7 +164,7 @@ class _Unscheduled:
         if state["kind"] != self._kind:
             _log_change(state["kind"], self._kind, self._num_steps)
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
+                group["lr"] = group["initial_lr"] = rate
 
 
 def _log_change(before: str, now: str, num_steps: int) -> None:

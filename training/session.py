@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from common.processes import joined_processes
+from common.processes import Processes, joined_processes
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
-from training.plan import plan_run
+from training.plan import TrainPlan, plan_run
+from training.sampling import Samples, sample_jobs
+from training.timestep_plots import show_timesteps
 from training.trainer import NotFinite, Trainer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,9 @@ def run_training(flags: Flags, open_architecture: Callable[[Flags], Architecture
     Returns:
         The exit code: 1 when a loss was no number and the run stopped there.
     """
+    if flags.timesteps.show_timesteps is not None:
+        show_timesteps(flags.timesteps, folder=flags.saving.output_dir)
+        return 0
     _set_backends(flags)
     with joined_processes() as processes:
         if not processes.is_main:
@@ -36,11 +42,32 @@ def run_training(flags: Flags, open_architecture: Callable[[Flags], Architecture
         plan = plan_run(architecture, flags, processes)
         for line in plan.dataset.summary():
             logger.info("%s", line)
+        samples = _open_samples(architecture, flags, plan, processes)
         try:
-            return Trainer(architecture, flags, plan, processes).run()
+            return Trainer(architecture, flags, plan, processes, samples).run()
         except NotFinite as error:
             logger.error("%s", error)
             return 1
+
+
+def _open_samples(
+    architecture: Architecture, flags: TrainFlags, plan: TrainPlan, processes: Processes
+) -> Samples | None:
+    """Checks and encodes the sample prompts, before the transformer takes the memory."""
+    if flags.samples.sample_prompts is None or flags.samples.trigger is None:
+        return None
+    jobs = sample_jobs(flags.samples.sample_prompts, architecture.sample_defaults, seed=plan.seed)
+    samples = Samples(
+        architecture,
+        jobs,
+        folder=Path(flags.saving.output_dir) / "sample",
+        name=flags.saving.output_name,
+        dtype=plan.dtype,
+        device=plan.device,
+        processes=processes,
+    )
+    samples.encode()
+    return samples
 
 
 def _set_backends(flags: TrainFlags) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -36,15 +35,13 @@ from training.optimizers import create_optimizer, evaluation_weights, train_mode
 from training.plan import TrainPlan
 from training.random_state import random_state, restore_random_state
 from training.resuming import changed_settings, remove_leftovers, set_learning_rates
+from training.sampling import Samples, sample_due
 from training.schedulers import create_scheduler
 from training.states import RunState, load_state, save_state
 from training.timesteps import stratified_quantiles
 from training.tracking import LossAverage, Trackers, loggable_config, open_trackers, step_values
 from training.upload import Uploader
 from training.validation import validation_loss
-
-if TYPE_CHECKING:
-    from training.sampling import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -307,14 +304,10 @@ class Trainer:
             self.network.train()
 
     def _sample(self, *, epoch_end: int | None) -> None:
-        if self._samples is None:
-            return
-        from training.sampling import sample_due
-
-        if not sample_due(self._flags.samples, step=self.step, epoch_end=epoch_end):
+        if self._samples is None or not sample_due(self._flags.samples, step=self.step, epoch_end=epoch_end):
             return
         with self._evaluating():
-            self._samples.make(self.transformer, step=self.step, epoch=epoch_end)
+            self._samples.make(self.transformer, step=self.step, epoch=epoch_end, session=self._session.id)
         self._processes.gather(None)
 
     def _validate(self, *, epoch_end: int | None) -> None:
@@ -361,7 +354,8 @@ class Trainer:
         state = load_state(plan.resume, plan.fingerprint)
         for change in changed_settings(state.settings, plan.settings):
             logger.warning("%s", change)
-        rates = [group["lr"] for group in self._optimizer.param_groups]
+        # The scheduler has been at the rates already: a warmup begins with less.
+        rates = [group.get("initial_lr", group["lr"]) for group in self._optimizer.param_groups]
         self.network.load_state_dict(dict(state.network))
         self._optimizer.load_state_dict(dict(state.optimizer))
         self._scheduler.load_state_dict(dict(state.scheduler))
