@@ -64,6 +64,11 @@ def made(folder: Path, pattern: str = "*_000.png") -> list[Path]:
     return sorted((folder / "sample").glob(pattern))
 
 
+def difference(latents: torch.Tensor, expected: torch.Tensor) -> float:
+    print("DIFF", float((latents - expected).abs().max() / expected.abs().max()))
+    return float((latents - expected).abs().max() / expected.abs().max())
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
@@ -137,7 +142,7 @@ def test_a_one_frame_sample_is_generations_picture(models, trained, material, tm
     (picture,) = (tmp_path / "out").glob("*.png")
     (without,) = (tmp_path / "without").glob("*.png")
     (latents,) = (tmp_path / "out").glob("*.safetensors")
-    assert torch.allclose(architecture.opened[-1].latents, load_latents(latents, flag="x")[0], atol=1e-5)
+    assert difference(architecture.opened[-1].latents, load_latents(latents, flag="x")[0]) <= 1e-5
     assert abs(pixels(sample) - pixels(picture)).max() <= 1
     assert abs(pixels(sample) - pixels(without)).max() > 4, "the LoRA has an effect"
 
@@ -170,7 +175,7 @@ def test_a_video_sample_has_generations_latents(models, trained, material, tmp_p
     (latents,) = (tmp_path / "out").glob("*.safetensors")
     expected = load_latents(latents, flag="x")[0]
     assert expected.shape == (16, 5, 8, 8)
-    assert torch.allclose(architecture.opened[-1].latents, expected, atol=1e-5)
+    assert difference(architecture.opened[-1].latents, expected) <= 1e-5
 
     (video,) = made(tmp_path, "*.mp4")
     assert video.name.startswith(f"{NAME}_e000002_00_") and video.stem.endswith("_5")
@@ -291,7 +296,7 @@ def test_one_failing_sample_is_logged_in_one_line_and_the_others_are_made(tmp_pa
     (message,) = errors(caplog)
     expected = "例 prompts.txt line 2, sample at step 100 failed: RuntimeError: out of memory"
     assert message.startswith(expected) and "\n" not in message
-    assert [path.name[:17] for path in made(tmp_path)] == [f"{NAME}_000100_{number:02d}_" for number in (0, 2)]
+    assert [path.name[:16] for path in made(tmp_path)] == [f"{NAME}_000100_{number:02d}_" for number in (0, 2)]
 
 
 def test_a_prompt_that_cannot_be_encoded_is_logged_and_left_out(tmp_path, caplog):

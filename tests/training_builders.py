@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
+from dataset.config import load_dataset_config
 from dataset.epochs import ItemKey, Position
+from dataset.sources import list_items
 from dataset.training_dataset import TrainBatch
 from frame_pack.architecture import FramePackArchitecture
 from frame_pack.cached_context import clip_contexts, to_cache
+from frame_pack.caching import FramePackCacheRules
 from frame_pack.config import FramePackConfig
 from frame_pack.context import one_frame_context
 from frame_pack.model import FramePackTransformer
@@ -24,6 +29,7 @@ from networks import lora_framepack
 from networks.network import Network
 from options.flags_timesteps import TimestepFlags
 from options.one_frame import OneFrameOptions
+from tests.train_caches import cache_image, cache_text, image_set
 from training.objective import BatchLoss, Objective
 
 if TYPE_CHECKING:
@@ -46,6 +52,7 @@ GUIDANCE, GUIDANCE_INPUT = 10.0, 9984.0
 """What a user writes, and what the published pipeline makes of it: 10000, rounded to bfloat16."""
 NORMS = {"include_patterns": "['.*norm.*']"}
 """Network arguments that put a LoRA on the layers that make modulations of timesteps."""
+TEXTS = ("llama_vec", "llama_attention_mask", "clip_l_pooler")
 Contents = dict[str, Tensor]
 Gradients = dict[str, Tensor]
 
@@ -146,6 +153,35 @@ def singles(items: Mapping[str, Contents]) -> list[TrainBatch]:
     return [batch_of({name: contents}) for name, contents in items.items()]
 
 
+# ---- files ----
+
+
+def write_transformer(path: Path) -> Path:
+    """The small transformer as a checkpoint in float32."""
+    save_file(build_transformer().state_dict(), path)
+    return path
+
+
+def write_data_set(folder: Path, items: Mapping[str, Contents], *, batch_size: int) -> Path:
+    """A data set of one-frame items without histories, with its caches: name → contents."""
+    dataset = image_set(folder, tuple(items), resolution=(8 * WIDTH, 8 * HEIGHT))
+    lines = [f'{key} = "{getattr(dataset, key).as_posix()}"' for key in ("image_directory", "control_directory")]
+    lines += [f'cache_directory = "{dataset.cache_directory.as_posix()}"', 'caption_extension = ".txt"']
+    lines += [f"resolution = {list(dataset.resolution)}", f"batch_size = {batch_size}"]
+    lines += ["fp_1f_target_index = 9", "fp_1f_clean_indices = [0, 1]", f"fp_latent_window_size = {WINDOW}"]
+    config = folder / "データ.toml"
+    config.write_text("\n".join(["[[datasets]]", *lines]), encoding="utf-8")
+    rules = FramePackCacheRules(mode="one_frame", no_2x=True, no_4x=True)
+    (dataset,) = load_dataset_config(config).datasets
+    for item in list_items(dataset).items:
+        contents = items[item.stem]
+        texts = {name: tensor for name, tensor in contents.items() if name in TEXTS}
+        latents = {name: tensor for name, tensor in contents.items() if name not in TEXTS}
+        cache_image(dataset, item, rules, changes={"clean_latent_2x_indices": None} | latents)
+        cache_text(dataset, item, **texts)
+    return config
+
+
 # ---- the oracle ----
 
 
@@ -167,7 +203,8 @@ def build_oracle(transformer: FramePackTransformer, network: Network) -> Hunyuan
     )
     model.load_state_dict(transformer.state_dict())
     model.add_adapter(peft.LoraConfig(r=3, lora_alpha=2, target_modules=list(network.adapters)))
-    for layer, adapter in _pairs(model, network):
+    for path, adapter in network.adapters.items():
+        layer = model.get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(adapter.lora_down.weight)
         layer.lora_B["default"].weight.data.copy_(adapter.lora_up.weight)
     return model
@@ -184,17 +221,23 @@ def oracle_gradients(oracle: HunyuanVideoFramepackTransformer3DModel, network: N
     return found
 
 
-def _pairs(model: nn.Module, network: Network):
-    return [(model.get_submodule(path), adapter) for path, adapter in network.adapters.items()]
-
-
 def oracle_loss(
-    oracle: HunyuanVideoFramepackTransformer3DModel, item: Contents, noise: Tensor, sigma: Tensor
+    oracle: HunyuanVideoFramepackTransformer3DModel,
+    item: Contents,
+    noise: Tensor,
+    sigma: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The loss of one item as the facts have it: x = (1 - t)·latents + t·noise, target = noise - latents, MSE."""
+    """The loss of one item as the facts have it: x = (1 - t)·latents + t·noise, target = noise - latents, MSE.
+
+    `mask` (1, F, h, w): the mean is over what it lets through.
+    """
     latents = item["latents"].float()
     velocity = _oracle_velocity(oracle, (1 - sigma) * latents + sigma * noise, 1000 * sigma, item)
-    return torch.nn.functional.mse_loss(velocity, noise - latents)
+    errors = (velocity - (noise - latents)) ** 2
+    if mask is None:
+        return errors.mean()
+    return (errors * mask).sum() / (mask.sum() * len(errors))
 
 
 def _oracle_velocity(

@@ -25,7 +25,7 @@ def training_facts(
         learning_rate=flags.optimizer.learning_rate,
         num_train_items=plan.dataset.num_items,
         num_batches_per_epoch=plan.dataset.num_batches,
-        num_epochs=plan.num_epochs,
+        num_epochs=plan.saves.num_epochs,
         gradient_checkpointing=flags.memory.gradient_checkpointing or bool(flags.memory.checkpoint_blocks),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         max_train_steps=plan.num_steps,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from common import weights
 from common.device import pick_device
 from common.processes import Processes
-from common.weights import fingerprint
 from dataset.cache_checks import MAIN
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.training_dataset import TrainingDataset
@@ -25,10 +27,10 @@ from training.checkpoints import SavePlan, check_room
 from training.networks import base_choices, network_arguments, open_network, shape_of
 from training.rehearsal import rehearse
 from training.resuming import newest_state, run_fingerprint
-from training.states import check_state, recorded_fingerprint
+from training.states import check_state, recorded_fingerprint, state_step
 from training.timesteps import check_reachable
 from training.tracking import check_trackers
-from training.upload import download_state
+from training.upload import Uploader, download_state
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_FLAG = "--base_weights"
@@ -55,15 +57,17 @@ class TrainPlan:
     """`--base_weights`."""
     batches_per_step: int
     """Of one process."""
-    steps_per_epoch: int
-    num_steps: int
-    num_epochs: int
     saves: SavePlan
+    """How long the run is, and when it saves."""
     resume: Path | None
     fingerprint: dict[str, object]
     """See `training.resuming.run_fingerprint`."""
     settings: dict[str, object]
     """What may change from a state to its continuation."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.saves.num_steps
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -83,28 +87,21 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     resume = _resume_folder(flags, processes)
     seed = _seed(flags, resume, processes)
 
+    transformer = architecture.empty_transformer()
+    flags.memory.num_checkpointed(transformer.num_blocks)
     merge = plan_merge(base_choices(flags.network), architecture.checkpoint, flag=BASE_FLAG)
-    network = open_network(flags.network, architecture.empty_transformer(), seed=seed)
+    network = open_network(flags.network, transformer, seed=seed)
     network_dim, network_alpha = shape_of(network, flags.network)
-    flags.memory.num_checkpointed(architecture.empty_transformer().num_blocks)
 
     config = load_dataset_config(flags.data.dataset_config)
     dataset = _open_dataset(config, architecture)
-    validation = None
-    if flags.validation.validation_dataset_config:
-        flag = "--validation_dataset_config"
-        validation = _open_dataset(
-            load_dataset_config(flags.validation.validation_dataset_config, flag=flag), architecture
-        )
     check_reachable(flags.timesteps, {layout.shape(MAIN)[-2:] for layout in dataset.layouts})
+    validation = _open_validation(flags, architecture)
 
-    batches_per_step = flags.run.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(math.ceil(dataset.num_batches / processes.world) / batches_per_step)
-    num_steps = (flags.run.max_train_epochs or 0) * steps_per_epoch or flags.run.max_train_steps
-    num_epochs = math.ceil(num_steps / steps_per_epoch)
-    rehearse(flags.optimizer, num_steps=num_steps, device=device, loraplus_lr_ratio=network.loraplus_lr_ratio)
-    saves = SavePlan(flags=flags.saving, num_steps=num_steps, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
-    prints = run_fingerprint(
+    saves = _save_plan(flags, dataset, processes)
+    ratio = network.loraplus_lr_ratio
+    rehearse(flags.optimizer, num_steps=saves.num_steps, device=device, loraplus_lr_ratio=ratio)
+    fingerprint = run_fingerprint(
         network_module=flags.network.network_module,
         network_dim=network_dim,
         network_alpha=network_alpha,
@@ -113,14 +110,14 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         optimizer_type=flags.optimizer.optimizer_type,
         seed=seed,
         buckets=dataset.buckets,
-        batches_per_step=batches_per_step * processes.world,
+        batches_per_step=flags.run.gradient_accumulation_steps * processes.world,
     )
     if resume:
-        check_state(resume, prints)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    item_bytes = getattr(torch, flags.saving.dtype_name).itemsize
+        check_state(resume, fingerprint)
     if processes.is_main:
-        check_room(saves, file_bytes=item_bytes * num_parameters, state_bytes=12 * num_parameters)
+        _check_room(saves, network, flags, step=state_step(resume) if resume else 0)
+        if flags.upload.huggingface_repo_id is not None:
+            Uploader(flags.upload).prepare()
     return TrainPlan(
         device=device,
         dtype=_transformer_dtype(mixed_precision, device),
@@ -133,15 +130,37 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         network_dim=network_dim,
         network_alpha=network_alpha,
         merge=merge,
-        batches_per_step=batches_per_step,
-        steps_per_epoch=steps_per_epoch,
-        num_steps=num_steps,
-        num_epochs=num_epochs,
+        batches_per_step=flags.run.gradient_accumulation_steps,
         saves=saves,
         resume=resume,
-        fingerprint=prints,
-        settings=_settings(flags, mixed_precision, num_steps),
+        fingerprint=fingerprint,
+        settings=_settings(flags, mixed_precision, saves.num_steps),
     )
+
+
+def _save_plan(flags: TrainFlags, dataset: TrainingDataset, processes: Processes) -> SavePlan:
+    """How long the run is, and when it saves."""
+    num_batches = math.ceil(dataset.num_batches / processes.world)
+    steps_per_epoch = math.ceil(num_batches / flags.run.gradient_accumulation_steps)
+    num_steps = flags.run.max_train_steps
+    if flags.run.max_train_epochs is not None:
+        num_steps = flags.run.max_train_epochs * steps_per_epoch
+    num_epochs = math.ceil(num_steps / steps_per_epoch)
+    return SavePlan(flags=flags.saving, num_steps=num_steps, num_epochs=num_epochs, steps_per_epoch=steps_per_epoch)
+
+
+def _check_room(saves: SavePlan, network: Network, flags: TrainFlags, *, step: int) -> None:
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    item_bytes = getattr(torch, flags.saving.dtype_name).itemsize
+    # A state holds the weights and usually two averages of each, in float32.
+    check_room(saves, file_bytes=item_bytes * num_parameters, state_bytes=3 * 4 * num_parameters, step=step)
+
+
+def _open_validation(flags: TrainFlags, architecture: Architecture) -> TrainingDataset | None:
+    path = flags.validation.validation_dataset_config
+    if not path:
+        return None
+    return _open_dataset(load_dataset_config(path, flag="--validation_dataset_config"), architecture)
 
 
 def _open_dataset(config: DatasetConfig, architecture: Architecture) -> TrainingDataset:
@@ -155,8 +174,6 @@ def _open_dataset(config: DatasetConfig, architecture: Architecture) -> Training
 
 def _mixed_precision(flags: TrainFlags, device: torch.device) -> str:
     """What was asked for, else what `accelerate launch` says."""
-    import os
-
     chosen = flags.run.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if chosen not in ("no", "fp16", "bf16"):
         raise UserError("--mixed_precision", f"{chosen} from accelerate", "no, fp16 or bf16", "give --mixed_precision")
@@ -194,9 +211,7 @@ def _seed(flags: TrainFlags, resume: Path | None, processes: Processes) -> int:
 
 def _base_model(architecture: Architecture, merge: LoraMerge) -> str:
     """Which weights are trained on."""
-    import hashlib
-
-    digest = hashlib.sha256(fingerprint(architecture.checkpoint).encode())
+    digest = hashlib.sha256(weights.fingerprint(architecture.checkpoint).encode())
     for choice in merge.choices:
         digest.update(f"{choice.multiplier}".encode())
         with open(choice.path, "rb") as stream:
@@ -205,8 +220,6 @@ def _base_model(architecture: Architecture, merge: LoraMerge) -> str:
 
 
 def _settings(flags: TrainFlags, mixed_precision: str, num_steps: int) -> dict[str, object]:
-    from dataclasses import asdict
-
     network = flags.network
     return {
         **{name: str(value) for name, value in asdict(flags.optimizer).items()},

@@ -207,7 +207,6 @@ class Samples:
         session = self._processes.gather(session)[0]
         with _same_random_numbers(self._device):
             made = self._make_own(transformer, _Occasion(step=step, epoch=epoch, session=session))
-        release_memory(self._device)
         everyones = [sample for samples in self._processes.gather(made) for sample in samples]
         for number, path in sorted(everyones):
             if path.is_file():  # another machine's may not be here

@@ -22,6 +22,7 @@ from dataset.epochs import ItemKey, Position, stable_number
 from dataset.training_dataset import BatchLoader, TrainBatch
 from modules.checkpointing import Checkpointing
 from networks.network import NormReport
+from options.errors import UserError, UserErrors
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.checkpoints import CheckpointWriter, Save
@@ -125,13 +126,12 @@ class Trainer:
             NotFinite: a loss is no number and `--on_nan stop`; what was trained before is saved.
             UserError: the last save failed, or a cache cannot be read any more.
         """
-        uploads = self._open_uploads()
-        self._writer = CheckpointWriter(
-            self._flags.saving.output_dir,
-            uploads=uploads,
-            upload_states=self._flags.upload.save_state_to_huggingface,
-        )
-        with self._tracking() as self._trackers, listening() as interruption, self._progress() as self._bar:
+        with (
+            self._writing() as self._writer,
+            self._tracking() as self._trackers,
+            listening() as interruption,
+            self._progress() as self._bar,
+        ):
             if self.step == 0:
                 self._sample(epoch_end=None)
                 self._validate(epoch_end=None)
@@ -141,8 +141,6 @@ class Trainer:
                     return interruption.exit_code
             self._save(self._plan.saves.at_end())
             self._draw_report()
-        if uploads is not None:
-            uploads.close()
         return 0
 
     def _epoch(self, interruption: Interruption) -> bool:
@@ -273,10 +271,17 @@ class Trainer:
         """All processes come here; the first one writes."""
         rng = self._processes.gather(random_state(self._plan.device)) if save.has_state else []
         extra = self._processes.gather(self._report.state())
+        failure: UserError | None = None
         if self._processes.is_main:
             state = self._state(tuple(rng), extra) if save.has_state else None
-            self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
-        self._processes.gather(None)
+            try:
+                self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
+            except UserError as error:
+                failure = error
+        # Told to all, or the others would wait for the first process for ever.
+        told = next(filter(None, self._processes.gather(failure and str(failure))), None)
+        if told is not None:
+            raise failure or UserErrors([told])
 
     def _write_file(self, path: Path) -> None:
         flags, plan, architecture = self._flags, self._plan, self._architecture
@@ -373,12 +378,18 @@ class Trainer:
 
     # ---- what is open while the run lasts ----
 
-    def _open_uploads(self) -> Uploader | None:
-        if self._flags.upload.huggingface_repo_id is None or not self._processes.is_main:
-            return None
-        uploads = Uploader(self._flags.upload)
-        uploads.prepare()
-        return uploads
+    @contextmanager
+    def _writing(self) -> Iterator[CheckpointWriter]:
+        """What was saved is uploaded to its end, however the run ends."""
+        folder, flags = self._flags.saving.output_dir, self._flags.upload
+        if flags.huggingface_repo_id is None or not self._processes.is_main:
+            yield CheckpointWriter(folder)
+            return
+        uploads = Uploader(flags)
+        try:
+            yield CheckpointWriter(folder, uploads=uploads, upload_states=flags.save_state_to_huggingface)
+        finally:
+            uploads.close()
 
     @contextmanager
     def _tracking(self) -> Iterator[Trackers]:
