@@ -318,19 +318,11 @@ def train(tmp_path: Path):
     dit = write_transformer(tmp_path / "変換器.safetensors")
 
     def run(data_set: Path, *more: str, steps: int = 3) -> dict[str, Tensor]:
-        arguments = [
-            "--dit",
-            dit,
-            "--dataset_config",
-            data_set,
-            "--output_dir",
-            tmp_path / "出力",
-            "--output_name",
-            "lora",
-        ]
-        arguments += ["--network_module", "networks.lora_framepack", "--max_train_steps", steps, "--seed", 3]
+        arguments = ["--dit", dit, "--dataset_config", data_set, "--network_module", "networks.lora_framepack"]
+        arguments += ["--output_dir", tmp_path / "出力", "--output_name", "lora", "--device", "cpu", "--seed", 3]
         arguments += ["--optimizer_type", "SGD", "--learning_rate", 0.5, "--max_grad_norm", 0]
-        arguments += ["--timestep_sampling", "uniform", "--max_data_loader_n_workers", 0, "--device", "cpu", *more]
+        arguments += ["--timestep_sampling", "uniform", "--max_data_loader_n_workers", 0, "--max_train_steps", steps]
+        arguments += more
         assert fpack_train_network.main(list(map(str, arguments))) == 0
         return load_file(tmp_path / "出力" / "lora.safetensors")
 
@@ -343,8 +335,11 @@ def ups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def two_items(**masks: Tensor) -> dict[str, Contents]:
-    options = "control_index=0;1,no_2x,no_4x"
-    return {name: one_frame_item(i, options, length=3 + 2 * i) | masks for i, name in enumerate(("a", "猫"))}
+    def item(number: int) -> Contents:
+        options = "target_index=9,control_index=0,no_2x,no_4x"
+        return one_frame_item(number, options, num_controls=1, length=3 + 2 * number) | masks
+
+    return {"a": item(0), "猫": item(1)}
 
 
 def test_accumulating_two_batches_trains_like_a_batch_of_two(train, tmp_path: Path) -> None:
@@ -381,7 +376,7 @@ def test_a_gradient_that_overflows_in_another_process_leaves_the_step_out_here_t
 
 
 def test_masks_in_caches_count_with_the_flag_only(train, tmp_path: Path) -> None:
-    mask = masks_of(0.5)[0].half()[0]
+    mask = masks_of(0.5)[0].half()
     plain = write_data_set(tmp_path / "plain", two_items(), batch_size=2)
     masked = write_data_set(tmp_path / "masked", two_items(**{MASK: mask}), batch_size=2)
     wanted = ups(train(plain, "--masked_loss"))

@@ -163,12 +163,12 @@ def write_transformer(path: Path) -> Path:
 
 
 def write_data_set(folder: Path, items: Mapping[str, Contents], *, batch_size: int) -> Path:
-    """A data set of one-frame items without histories, with its caches: name → contents."""
+    """A data set of one-frame items, name → contents, of a control image at 0 and no history, with its caches."""
     dataset = image_set(folder, tuple(items), resolution=(8 * WIDTH, 8 * HEIGHT))
     lines = [f'{key} = "{getattr(dataset, key).as_posix()}"' for key in ("image_directory", "control_directory")]
     lines += [f'cache_directory = "{dataset.cache_directory.as_posix()}"', 'caption_extension = ".txt"']
     lines += [f"resolution = {list(dataset.resolution)}", f"batch_size = {batch_size}"]
-    lines += ["fp_1f_target_index = 9", "fp_1f_clean_indices = [0, 1]", f"fp_latent_window_size = {WINDOW}"]
+    lines += ["fp_1f_target_index = 9", "fp_1f_clean_indices = [0]", f"fp_latent_window_size = {WINDOW}"]
     config = folder / "データ.toml"
     config.write_text("\n".join(["[[datasets]]", *lines]), encoding="utf-8")
     rules = FramePackCacheRules(mode="one_frame", no_2x=True, no_4x=True)

@@ -14,8 +14,9 @@ from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.plan import TrainPlan, plan_run
 from training.sampling import Samples, sample_jobs
+from training.step import NotFinite
 from training.timestep_plots import show_timesteps
-from training.trainer import NotFinite, Trainer
+from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -10,54 +10,37 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from common.processes import Processes
 from dataset.epochs import ItemKey, Position, stable_number
 from dataset.training_dataset import BatchLoader, TrainBatch
 from modules.checkpointing import Checkpointing
-from networks.network import NormReport
 from options.errors import UserError, UserErrors
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.checkpoints import CheckpointWriter, Save
 from training.facts import training_facts
-from training.gradients import average_gradients, clip_gradients
 from training.interruption import Interruption, listening
 from training.loss_report import LossReport
 from training.metadata import ModelIdentity, Session, run_clock, run_metadata
-from training.objective import BatchLoss, Objective
-from training.optimizers import create_optimizer, evaluation_weights, train_mode
+from training.objective import Objective
+from training.optimizers import evaluation_weights
 from training.plan import TrainPlan
 from training.random_state import random_state, restore_random_state
-from training.resuming import changed_settings, remove_leftovers, set_learning_rates
+from training.resuming import changed_settings, remove_leftovers
 from training.sampling import Samples, sample_due
-from training.schedulers import create_scheduler
 from training.states import RunState, load_state, save_state
+from training.step import NotFinite, Stepper, StepResult
 from training.timesteps import stratified_quantiles
 from training.tracking import LossAverage, Trackers, loggable_config, open_trackers, step_values
 from training.upload import Uploader
 from training.validation import validation_loss
 
 logger = logging.getLogger(__name__)
-
-
-class NotFinite(Exception):
-    """A loss or gradient is not a number, and `--on_nan` says to stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    loss: float
-    """Mean of the batches' losses, over all processes; NaN when the step was skipped."""
-    norms: NormReport | None
 
 
 class Trainer:
@@ -91,12 +74,6 @@ class Trainer:
         transformer.checkpointing = Checkpointing(num_blocks=num_blocks, has_dropout=self.network.has_dropout)
         self.transformer = transformer
 
-        groups = self.network.parameter_groups(flags.optimizer.learning_rate)
-        self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = create_optimizer(flags.optimizer, groups)
-        self._scheduler = create_scheduler(flags.optimizer, self._optimizer, num_steps=plan.num_steps)
-        self._scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.mixed_precision == "fp16")
-        train_mode(self._optimizer)
         torch.manual_seed(stable_number("dropout", plan.seed, processes.rank))
         self._objective = Objective(
             architecture=architecture,
@@ -104,6 +81,15 @@ class Trainer:
             timesteps=flags.timesteps,
             seed=plan.seed,
             masked=flags.data.masked_loss,
+        )
+        self._stepper = Stepper(
+            flags,
+            self.network,
+            self._objective,
+            processes,
+            num_steps=plan.num_steps,
+            device=plan.device,
+            scales_loss=plan.mixed_precision == "fp16",
         )
         self._loader = BatchLoader(
             plan.dataset,
@@ -150,10 +136,10 @@ class Trainer:
         batches = self._loader.epoch(self.position)
         first = self.position.batch // self._processes.world
         for place, group in self._groups(batches, first):
-            result = self._train_step(group, place, epoch, quantiles)
+            result = self._take(group, epoch, quantiles)
             self.step += 1
             self.position = group[-1].after
-            self._log(result)
+            self._log(result, place)
             is_epoch_end = self.position.epoch > epoch
             if is_epoch_end:
                 self._trackers.log_epoch({"loss/epoch": self._average.value}, epoch=epoch + 1, step=self.step)
@@ -176,68 +162,13 @@ class Trainer:
                 return
             yield place, group
 
-    # ---- a step ----
-
-    def _train_step(
-        self, group: Sequence[TrainBatch], place: int, epoch: int, quantiles: Mapping[ItemKey, float] | None
-    ) -> StepResult:
-        results = []
-        for batch in group:
-            result = self._objective(batch, epoch=epoch, quantiles=quantiles)
-            self._scaler.scale(result.weighted / len(group)).backward()
-            results.append(result)
-        self._scaler.unscale_(self._optimizer)
-        average_gradients(self._parameters, self._processes)
-        norm = clip_gradients(self._parameters, self._flags.optimizer.max_grad_norm)
-        losses = torch.stack([result.weighted.detach() for result in results]).tolist()
-        everyones = self._processes.gather(losses)
-        is_sound = self._check_finite(group, losses, everyones, norm)
-        norms = None
-        if is_sound:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            if limit := self._flags.network.scale_weight_norms:
-                norms = self.network.scale_weight_norms(limit)
-        elif self._scaler.is_enabled():
-            self._scaler.update()
-        mean = sum(map(sum, everyones)) / sum(map(len, everyones))
-        self._scheduler.step(mean)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._count(place, results, everyones)
-        return StepResult(loss=mean, norms=norms)
-
-    def _check_finite(
-        self, group: Sequence[TrainBatch], losses: Sequence[float], everyones: Sequence[Sequence[float]], norm: Tensor
-    ) -> bool:
-        """Whether the step can be taken, the same in all processes. A batch with a loss that is no number is named.
-
-        Raises:
-            NotFinite: it cannot, and the run is to stop.
-        """
-        bad = [batch for batch, loss in zip(group, losses, strict=True) if not _is_finite(loss)]
-        everyones_bad = any(not _is_finite(loss) for losses in everyones for loss in losses)
-        # With fp16, gradients overflow now and then: the scaler then leaves the step out and scales less.
-        is_overflow = not everyones_bad and not self._scaler.is_enabled() and not bool(norm.isfinite())
-        if not (everyones_bad or is_overflow):
-            return True
-        what = "loss" if everyones_bad else "gradient"
-        named = (
-            ", ".join(_names(batch) for batch in (bad or group)) if bad or is_overflow else "another process's batch"
-        )
-        message = f"step {self.step + 1}: the {what} is not a number, with {named}"
-        if self._flags.run.on_nan == "skip":
-            logger.warning("%s; the step is left out", message)
-            return False
-        self._optimizer.zero_grad(set_to_none=True)
-        if self.step:
-            self._save(self._plan.saves.when_interrupted(self.step))
-        raise NotFinite(f"{message}; look at its caches, lower --learning_rate, or use --on_nan skip")
-
-    def _count(self, place: int, results: Sequence[BatchLoss], everyones: Sequence[Sequence[float]]) -> None:
-        for number, losses in enumerate(zip(*everyones, strict=False)):
-            self._average.add(place + number, sum(losses) / len(losses))
-        for result in results:
-            self._report.add(self.step + 1, result.sigmas.tolist(), result.losses.tolist())
+    def _take(self, group: Sequence[TrainBatch], epoch: int, quantiles: Mapping[ItemKey, float] | None) -> StepResult:
+        try:
+            return self._stepper.take(group, step=self.step + 1, epoch=epoch, quantiles=quantiles)
+        except NotFinite:
+            if self.step:
+                self._save(self._plan.saves.when_interrupted(self.step))
+            raise
 
     def _quantiles(self, epoch: int) -> Mapping[ItemKey, float] | None:
         """With `--num_timestep_buckets`, which part of the noise levels each item of an epoch sees."""
@@ -252,12 +183,15 @@ class Trainer:
 
     # ---- between steps ----
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult, place: int) -> None:
+        for number, loss in enumerate(result.batches):
+            self._average.add(place + number, loss)
+        for batch in result.samples:
+            self._report.add(self.step, batch.sigmas.tolist(), batch.losses.tolist())
         self._bar.update(1)
         self._bar.set_postfix({"avr_loss": f"{self._average.value:.4f}"}, refresh=False)
-        values = step_values(
-            loss=result.loss, average=self._average.value, groups=self._optimizer.param_groups, norms=result.norms
-        )
+        groups = self._stepper.optimizer.param_groups
+        values = step_values(loss=result.loss, average=self._average.value, groups=groups, norms=result.norms)
         self._trackers.log(values, step=self.step)
 
     def _save_if_due(self, epoch: int | None) -> None:
@@ -286,7 +220,7 @@ class Trainer:
     def _write_file(self, path: Path) -> None:
         flags, plan, architecture = self._flags, self._plan, self._architecture
         metadata = run_metadata(
-            training_facts(flags, plan, architecture, self._optimizer),
+            training_facts(flags, plan, architecture, self._stepper.optimizer),
             self._session,
             ModelIdentity(architecture=architecture.model_name, implementation=architecture.implementation),
             flags.modelspec,
@@ -295,7 +229,7 @@ class Trainer:
             epoch=self.position.epoch + (self.position.batch > 0),
             timestep_range=(flags.timesteps.min_timestep, flags.timesteps.max_timestep),
         )
-        with evaluation_weights(self._optimizer):
+        with evaluation_weights(self._stepper.optimizer):
             self.network.save(path, dtype=getattr(torch, flags.saving.dtype_name), metadata=metadata)
 
     @contextmanager
@@ -303,7 +237,7 @@ class Trainer:
         """The network as it would be saved, without dropout, and nothing random spent."""
         self.network.eval()
         try:
-            with evaluation_weights(self._optimizer):
+            with evaluation_weights(self._stepper.optimizer):
                 yield
         finally:
             self.network.train()
@@ -338,10 +272,8 @@ class Trainer:
     def _state(self, rng: tuple[Mapping[str, object], ...], reports: Sequence[Mapping[str, object]]) -> RunState:
         return RunState(
             network=self.network.state_dict(),
-            optimizer=self._optimizer.state_dict(),
-            scheduler=self._scheduler.state_dict(),
+            **self._stepper.state(),
             rng=rng,
-            grad_scaler=self._scaler.state_dict() if self._scaler.is_enabled() else None,
             global_step=self.step,
             position=self.position,
             session=self._session,
@@ -359,14 +291,8 @@ class Trainer:
         state = load_state(plan.resume, plan.fingerprint)
         for change in changed_settings(state.settings, plan.settings):
             logger.warning("%s", change)
-        # The scheduler has been at the rates already: a warmup begins with less.
-        rates = [group.get("initial_lr", group["lr"]) for group in self._optimizer.param_groups]
         self.network.load_state_dict(dict(state.network))
-        self._optimizer.load_state_dict(dict(state.optimizer))
-        self._scheduler.load_state_dict(dict(state.scheduler))
-        set_learning_rates(self._optimizer, self._scheduler, rates)
-        if state.grad_scaler is not None and self._scaler.is_enabled():
-            self._scaler.load_state_dict(dict(state.grad_scaler))
+        self._stepper.load(state)
         restore_random_state(state.rng, self._processes.rank, plan.device)
         self.step, self.position, self._session = state.global_step, state.position, state.session
         self._average.load_state(state.extra["average"])
@@ -411,11 +337,3 @@ class Trainer:
         total, is_main = self._plan.num_steps, self._processes.is_main
         with tqdm(total=total, initial=self.step, desc="steps", disable=None if is_main else True) as bar:
             yield bar
-
-
-def _is_finite(loss: float) -> bool:
-    return loss == loss and abs(loss) != float("inf")
-
-
-def _names(batch: TrainBatch) -> str:
-    return " + ".join(key.name for key in batch.items)
