@@ -60,8 +60,11 @@ class Processes:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def joined_processes(patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Joins the siblings that the launcher's environment variables tell of.
+
+    Args:
+        patience: how long to wait for each other before the run is given up.
 
     They exchange small Python objects only, so the connection is gloo's, on every system and device.
     """
@@ -74,7 +77,7 @@ def joined_processes() -> Iterator[Processes]:
         raise UserError("WORLD_SIZE", got, "what a launcher sets", remedy)
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group("gloo", timeout=patience)
     try:
         yield Processes(
             rank=torch.distributed.get_rank(), world=world, local_rank=int(os.environ.get("LOCAL_RANK") or 0)

@@ -40,6 +40,13 @@ class CacheRules(Protocol):
         """These rules, with what they leave open taken from a cache's fingerprint. Rules without this method leave
         nothing open."""
 
+    def left_open(self, header: CacheHeader, indices: Mapping[str, torch.Tensor]) -> Fingerprint:
+        """What these rules leave open, as a latent cache shows it: it has to be the same in all caches of a data set.
+
+        Args:
+            indices: as of `complaint`; nothing for a file with a fingerprint.
+        """
+
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         """What is used of a crop of `length` frames."""
 
@@ -69,5 +76,6 @@ class LatentEncoder(Protocol):
     def encode(self, samples: Sequence[Sample]) -> Sequence[Sequence[Mapping[str, torch.Tensor]]]:
         """For each sample, for each of its unit's paths: content name -> CPU tensor in the type that is stored.
 
-        All samples have frames of one shape and the same number of controls. The main latent is called `latents`.
+        All samples have frames of one shape and the same number of controls, and all or none have a loss mask. The main
+        latent is called `latents`, the mask's `latents_loss_mask`.
         """

@@ -14,7 +14,7 @@ from dataset.cache_files import CacheHeader, difference, read_indices
 from dataset.cache_names import ARCHITECTURES, LatentFile
 from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Crop, plan_crops
-from dataset.fingerprints import Fingerprint, files_identity, text_hash
+from dataset.fingerprints import ABSENT, MASK_SETTING, Fingerprint, item_identity, text_hash
 from dataset.sources import MediaItem
 from options.geometry import VAE_STRIDE
 
@@ -82,7 +82,7 @@ def _expected(
         return expected
     try:
         # Videos may be terabytes, and hashing them would hold up every start of a training.
-        return expected | files_identity(item.path, item.control_paths, hashed=isinstance(dataset, ImageDataset))
+        return expected | {MASK_SETTING: ABSENT} | item_identity(item, hashed=isinstance(dataset, ImageDataset))
     except OSError:  # what went away between listing and looking does not make a cache stale
         return expected
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from common.files import atomic_file, sort_safetensors_metadata
 from common.weights import TORCH_DTYPES
 from dataset.cache_names import ARCHITECTURES, VARLEN, content_name, key_name
-from dataset.fingerprints import Fingerprint
+from dataset.fingerprints import ABSENT, Fingerprint
 from options.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def staleness(path: str | Path, expected: Fingerprint) -> str | None:
 def difference(stored: Fingerprint, expected: Fingerprint) -> str | None:
     """The first setting of `expected` that a cache was not made with, and both values; None when there is none."""
     for setting in sorted(expected):
-        if stored.get(setting) != expected[setting]:
+        if stored.get(setting, ABSENT) != expected[setting]:
             return f"{setting} is {stored.get(setting, 'not recorded')} in the cache, {expected[setting]} now"
     return None
 

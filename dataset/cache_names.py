@@ -165,16 +165,15 @@ def key_name(content: str, dtype: str, *, main_shape: tuple[int, int, int] | Non
     """The key of a tensor.
 
     Args:
-        dtype: torch's name of the type; masks have none in their key.
+        dtype: torch's name of the type; masks have none in their key, but for masks of latents.
         main_shape: (F, h, w) of the file's main latent, which every `latents…` tensor carries whatever its own shape.
         varlen: the tensor is not stacked in a batch.
     """
-    size = ""
+    size, suffix = "", "" if content.endswith("_mask") else f"_{dtype}"
     if content.startswith("latents"):
         if main_shape is None:
             raise ValueError(f"{content} needs the shape of the main latent")
-        size = "_" + "x".join(map(str, main_shape))
-    suffix = "" if content.endswith("_mask") else f"_{dtype}"
+        size, suffix = "_" + "x".join(map(str, main_shape)), f"_{dtype}"
     return f"{VARLEN if varlen else ''}{content}{size}{suffix}"
 
 

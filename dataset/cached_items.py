@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dataset.architecture import CacheRules
 from dataset.cache_checks import Complaint, latent_complaint, missing_clips, num_source_frames, text_complaint
-from dataset.cache_files import CacheHeader, cache_header
+from dataset.cache_files import CacheHeader, cache_header, read_indices
 from dataset.cache_names import LatentFile, comparable, latent_files, text_path_of
 from dataset.config import DatasetConfig, ImageDataset, VideoDataset
 from dataset.sources import MediaItem, list_items
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 NAMES_SHOWN = 5
 COMPLAINTS_SHOWN = 20
-OF_ONE_ITEM = re.compile(r"data_set|source(_.*)?|control_\d+(_.*)?|size|frame_rate|start|count|caption")
+OF_ONE_ITEM = re.compile(r"data_set|source(_.*)?|control_\d+(_.*)?|loss_mask(_.*)?|size|frame_rate|start|count|caption")
 """Settings in a fingerprint that differ from item to item of a data set."""
 
 
@@ -221,16 +221,26 @@ class _Search:
 
     def _refuse_mixtures(self, pairs: Sequence[_Pair]) -> None:
         latents = {pair.file.path: pair.header for pair in pairs}
+        odd: dict[Path, UserError] = {}  # the first reason is enough for a file
+
+        def refuse(found: Mapping[Path, Mapping[str, str]], default: str, remedy: str) -> None:
+            for path, got in _odd_ones(found, default):
+                odd.setdefault(path, UserError(str(path), got, "caches that were made alike", f"run {remedy}"))
+
         for headers, script in ((latents, self.scripts.latents), (self._texts, self.scripts.texts)):
             contents = {path: _contents(header) for path, header in headers.items()}
             encoders = {path: self._encoders(header) for path, header in headers.items() if header.fingerprint}
-            for found, default, option in (
-                (contents, "missing", "without --skip_existing"),
-                (encoders, "not recorded", "--skip_existing"),
-            ):
-                for path, got in _odd_ones(found, default):
-                    expected = "caches that were made alike"
-                    self.complaints.append(UserError(str(path), got, expected, f"run {script} {option}"))
+            refuse(contents, "missing", f"{script} without --skip_existing")
+            refuse(encoders, "not recorded", f"{script} --skip_existing")
+        if hasattr(self.rules, "left_open"):
+            settings = {path: self._left_open(path, header) for path, header in latents.items()}
+            refuse(settings, "not recorded", f"{self.scripts.latents} without --skip_existing")
+        self.complaints += odd.values()
+
+    def _left_open(self, path: Path, header: CacheHeader) -> Mapping[str, str]:
+        """What no data set file says, of our caches and of those without a fingerprint alike."""
+        indices = {} if header.fingerprint else read_indices(path, header)
+        return self.rules.left_open(header, indices)
 
     def _encoders(self, header: CacheHeader) -> dict[str, str]:
         """What the fingerprint says about the models: all that is neither of one item nor the data set's settings."""

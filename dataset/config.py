@@ -59,6 +59,8 @@ class ImageDataset(Dataset):
     """Folder of the images and their captions."""
     image_jsonl_file: Path | None = None
     """File with one JSON object per image."""
+    mask_directory: Path | None = None
+    """Folder of pictures that say where the loss of the images of the same names counts; None for a JSONL source."""
     multiple_target: bool = False
     """A JSONL line may name several target images (neither FramePack nor Wan uses them)."""
     fp_1f_clean_indices: tuple[int, ...] | None = None
@@ -227,7 +229,7 @@ def _dataset(
     problems += table_problems + _path_problems(values, where)
     if len(sources) == 1:
         _use_source(values, sources[0], where, table, problems)
-    problems += _size_problems(values, where) + _one_frame_problems(values, where)
+    problems += _size_problems(values, where) + _one_frame_problems(values, where) + _mask_problems(values, where)
     return values
 
 
@@ -270,7 +272,8 @@ def _unknown_key(key: str, known: Iterable[str], name: str, place: str) -> UserE
         return UserError(place, "a key of single data sets", expected, "move it below [[datasets]]")
     if key in READERS:
         other = next(label for keys, label in KEYS_OF.values() if key in keys)
-        return UserError(place, f"a key of {other}", expected, "remove it or change the source")
+        remedy = "masks are for images: remove it" if key == "mask_directory" else "remove it or change the source"
+        return UserError(place, f"a key of {other}", expected, remedy)
     likely = nearest(key.lower(), known) or nearest(key.lower(), READERS)
     remedy = f"did you mean {likely}?" if likely else "remove it"
     return UserError(place, "an unknown key", expected, remedy)
@@ -279,10 +282,11 @@ def _unknown_key(key: str, known: Iterable[str], name: str, place: str) -> UserE
 def _use_source(
     values: dict[str, object], source: str, where: str, table: Mapping[str, object], problems: list[UserError]
 ) -> None:
-    """What depends on the kind of source: the default cache folder, and whether a control folder is looked at."""
+    """What depends on the kind of source: the default cache folder, and whether other folders are looked at."""
     is_jsonl = source.endswith("_jsonl_file")
-    if is_jsonl and values.pop("control_directory", None):
-        logger.warning("%s control_directory: not used, as the lines of %s name the control files", where, source)
+    for key, what in (("control_directory", "control files"), ("mask_directory", "masks")) if is_jsonl else ():
+        if values.pop(key, None):
+            logger.warning("%s %s: not used, as the lines of %s name the %s", where, key, source, what)
     if "cache_directory" in table:
         return
     values["cache_directory"] = None if is_jsonl else values.get(source)
@@ -304,9 +308,9 @@ def _built(values: dict[str, object]) -> ImageDataset | VideoDataset:
 def _path_problems(values: Mapping[str, object], where: str) -> list[UserError]:
     problems = []
     from_jsonl = any(key.endswith("_jsonl_file") for key in values)
-    for key in (*SOURCES, "control_directory"):
+    for key in (*SOURCES, "control_directory", "mask_directory"):
         path = values.get(key)
-        if path is None or (key == "control_directory" and from_jsonl):
+        if path is None or (key in ("control_directory", "mask_directory") and from_jsonl):
             continue
         is_there, kind = (os.path.isfile, "file") if key.endswith("_file") else (os.path.isdir, "folder")
         if not is_there(path):
@@ -354,6 +358,20 @@ def _one_frame_problems(values: Mapping[str, object], where: str) -> list[UserEr
         remedy = "counting starts at 0; fp_1f_clean_indices says how many there are"
         problems.append(UserError(f"{where} fp_1f_image_embedding_source", number, expected, remedy))
     return problems
+
+
+def _mask_problems(values: Mapping[str, object], where: str) -> list[UserError]:
+    """Masks are found by name, so in a folder of other pictures these would be taken for masks."""
+    masks = values.get("mask_directory")
+    for key in ("image_directory", "control_directory"):
+        if masks and values.get(key) and _one_folder(masks, values[key]):
+            got, remedy = f"{masks}, the folder of {key}", "give the masks a folder of their own"
+            return [UserError(f"{where} mask_directory", got, "a folder of masks only", remedy)]
+    return []
+
+
+def _one_folder(*paths: Path) -> bool:
+    return len({os.path.normcase(os.path.realpath(path)) for path in paths}) == 1
 
 
 def _shared_caches(caches: Mapping[str, Path | None]) -> list[UserError]:

@@ -136,6 +136,7 @@ DATASET_READERS: dict[str, Callable[[object], object]] = {
 IMAGE_READERS: dict[str, Callable[[object], object]] = {
     "image_directory": _path,
     "image_jsonl_file": _path,
+    "mask_directory": _path,
     "multiple_target": _switch,
     "fp_1f_clean_indices": _indices,
     "fp_1f_target_index": _integer(0),

@@ -11,8 +11,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from dataset.items import MediaItem
+
 Fingerprint = Mapping[str, str]
 """Setting -> value, for everything that a cache depends on: source, caption, encode settings, encoder weights."""
+ABSENT = "none"
+"""What is expected of a setting that a cache need not record."""
+MASK_SETTING = "loss_mask"
+WHOLE = "whole"
+"""The mask of an image that has none while others of its data set have."""
 
 
 def source_identity(source: str | Path, name: str = "source", *, hashed: bool = True) -> dict[str, str]:
@@ -47,6 +54,14 @@ def files_identity(source: Path, controls: Sequence[Path] = (), *, hashed: bool 
     for number, control in enumerate(controls):
         identity |= source_identity(control, f"control_{number}", hashed=hashed)
     return identity
+
+
+def item_identity(item: MediaItem, *, hashed: bool = True) -> dict[str, str]:
+    """`files_identity` of an item, and its loss mask where its data set has masks."""
+    identity = files_identity(item.path, item.control_paths, hashed=hashed)
+    if item.mask_path:
+        return identity | source_identity(item.mask_path, MASK_SETTING, hashed=hashed)
+    return identity | ({MASK_SETTING: WHOLE} if item.is_masked else {})
 
 
 @cache

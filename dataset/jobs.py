@@ -77,3 +77,5 @@ class Sample:
     """Control images at the same size, in the order of their indices; none for videos."""
     identity: Mapping[str, str]
     """The fingerprint's part about the files that were read."""
+    loss_mask: np.ndarray | None = None
+    """(H, W) uint8, white where the loss of an image counts; None in data sets without masks."""

@@ -10,9 +10,10 @@ import numpy as np
 from common.media import load_picture
 from dataset.config import ImageDataset
 from dataset.crops import Crop, cut
-from dataset.fingerprints import files_identity
+from dataset.fingerprints import item_identity
 from dataset.frames import read_frames
 from dataset.jobs import Job, Sample, Unit
+from dataset.loss_masks import load_loss_mask
 from dataset.planning import Failure
 from options.errors import UserError
 
@@ -61,7 +62,7 @@ def read_jobs(jobs: Sequence[Job], fps: int) -> Iterator[Sample | NotLoaded]:
 
 
 def _read(job: Job, fps: int) -> Iterator[Sample]:
-    identity = files_identity(job.item.path, job.item.control_paths)
+    identity = item_identity(job.item)
     if not isinstance(job.dataset, ImageDataset):
         for unit, frames in _clips(job, fps):
             yield Sample(job=job, unit=unit, frames=frames, controls=(), identity=identity)
@@ -72,7 +73,14 @@ def _read(job: Job, fps: int) -> Iterator[Sample]:
         for path in (job.item.path, *job.item.control_paths)
     )
     (unit,) = job.units
-    yield Sample(job=job, unit=unit, frames=target.rgb[None], controls=tuple(controls), identity=identity)
+    yield Sample(
+        job=job,
+        unit=unit,
+        frames=target.rgb[None],
+        controls=tuple(controls),
+        identity=identity,
+        loss_mask=load_loss_mask(job.item, job.size),
+    )
 
 
 def _clips(job: Job, fps: int) -> Iterator[tuple[Unit, np.ndarray]]:

@@ -18,6 +18,7 @@ from dataset.crops import plan_crops
 from dataset.fingerprints import Fingerprint, source_identity
 from dataset.frames import examine_video
 from dataset.jobs import Job, Size, TextJob, Unit
+from dataset.loss_masks import check_mask_size
 from dataset.sources import MediaItem, list_items
 from options.errors import UserError, one_line
 
@@ -123,10 +124,12 @@ class _Planner:
         return pick_bucket(size, chosen.resolution, enabled=chosen.enable_bucket, no_upscale=chosen.bucket_no_upscale)
 
     def _image(self, item: MediaItem) -> Job:
-        info, *controls = [image_info(path, flag=str(path)) for path in (item.path, *item.control_paths)]
-        turned = [item.path.name] if info.is_turned else []
-        turned += [path.name for path, c in zip(item.control_paths, controls, strict=True) if c.is_turned]
-        if turned:
+        paths = (item.path, *item.control_paths, *filter(None, [item.mask_path]))
+        infos = [image_info(path, flag=str(path)) for path in paths]
+        info = infos[0]
+        if item.mask_path:
+            check_mask_size(item.mask_path, infos[-1].size, info.size)
+        if turned := [path.name for path, found in zip(paths, infos, strict=True) if found.is_turned]:
             self.notes.append(f"{item.where}: turned upright by EXIF orientation: {', '.join(turned)}")
         size = self._bucket(info.size)
         settings = self.settings | {"size": _x(size), "source_size": _x(info.size)}

@@ -66,6 +66,12 @@ class TrainingDataset:
         return tuple(layout for layout, _ in self._buckets)
 
     @property
+    def contents(self) -> Mapping[str, frozenset[str]]:
+        """A data set's place -> what every one of its caches holds; data sets without caches are left out."""
+        places = [self._config.datasets[bucket.keys[0].dataset].where for bucket in self.buckets]
+        return dict(zip(places, (layout.contents for layout in self.layouts), strict=True))
+
+    @property
     def num_items(self) -> int:
         """What an epoch shows, repeats included."""
         return sum(len(bucket.keys) for bucket in self.buckets)

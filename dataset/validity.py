@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dataset.cache_files import MISSING, NO_FINGERPRINT, staleness
-from dataset.fingerprints import Fingerprint, files_identity
+from dataset.fingerprints import ABSENT, MASK_SETTING, Fingerprint, item_identity
 from dataset.jobs import Job, Unit
+
+NO_MASK = "no loss mask in a cache without a fingerprint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,12 @@ def pending(jobs: Iterable[Job], encoders: Fingerprint) -> Pending:
 def _states(job: Job, encoders: Fingerprint) -> list[str | None]:
     """`staleness` of each unit."""
     try:
-        identity = files_identity(job.item.path, job.item.control_paths)
+        identity = {MASK_SETTING: ABSENT} | item_identity(job.item)
     except OSError:  # who loads it will tell
         return [MISSING] * len(job.units)
-    return [_state(unit, {**unit.settings, **encoders, **identity}) for unit in job.units]
+    states = [_state(unit, {**unit.settings, **encoders, **identity}) for unit in job.units]
+    # The incumbent's caches are taken as they are, but they cannot have a mask.
+    return [NO_MASK if state == NO_FINGERPRINT and job.item.is_masked else state for state in states]
 
 
 def _state(unit: Unit, expected: Fingerprint) -> str | None:

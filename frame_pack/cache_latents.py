@@ -111,7 +111,7 @@ def _debug(
 def _check_debug_folders(config: DatasetConfig) -> None:
     """Raises UserError where the pictures would become images of the data set itself."""
     for dataset in config.datasets:
-        keys = ("image_directory", "video_directory", "control_directory")
+        keys = ("image_directory", "video_directory", "control_directory", "mask_directory")
         sources = [folder for key in keys if (folder := getattr(dataset, key, None))]
         if any(os.path.realpath(dataset.cache_directory) == os.path.realpath(folder) for folder in sources):
             where = f"{dataset.where} cache_directory"

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.jobs import Sample
+from dataset.loss_masks import latent_loss_mask
 from frame_pack.cached_context import clip_contexts
 from frame_pack.context import HISTORY_FRAMES, PackedContext, one_frame_context
 from frame_pack.image_encoder import IMAGE_SIZE
@@ -33,7 +34,8 @@ ZERO = (128, 128, 128)
 def one_frame_cells(
     sample: Sample, options: OneFrameOptions, *, window: int, embedding_source: int | None
 ) -> list[Cell]:
-    """The controls with what their masks hide, the target, the groups of zeros, and what SigLIP looks at.
+    """The controls with what their masks hide, the target with where its loss does not count, the groups of zeros, and
+    what SigLIP looks at.
 
     Args:
         embedding_source: number of a control image; None is the target.
@@ -48,12 +50,20 @@ def one_frame_cells(
     for number, picture in enumerate(sample.controls):
         note = "" if masks[number] is None else ", masked"
         cells.append((f"control {number} @ {places[number]}{note}", _dimmed(picture.rgb, left[number])))
-    cells.append((f"target @ {_span(context.indices[0])}", Image.fromarray(sample.frames[0])))
+    cells.append(_target_cell(sample, _span(context.indices[0])))
     if zeros := _zero_groups(context, len(masks)):
         cells.append((", ".join(zeros), Image.new("RGB", (width, height), ZERO)))
     embedded = sample.frames[0] if embedding_source is None else sample.controls[embedding_source].rgb
     name = "target" if embedding_source is None else f"control {embedding_source}"
     return [*cells, (f"SigLIP: {name}, unmasked, {IMAGE_SIZE}x{IMAGE_SIZE}", _squeezed(embedded))]
+
+
+def _target_cell(sample: Sample, place: str) -> Cell:
+    target = sample.frames[0]
+    if sample.job.item.mask_path is None:
+        return f"target @ {place}", Image.fromarray(target)
+    (left,) = latent_loss_mask(sample.loss_mask)[0]
+    return f"target @ {place}, loss masked", _dimmed(target, torch.from_numpy(left).float())
 
 
 def section_cells(sample: Sample, *, window: int, f1: bool) -> list[Cell]:

@@ -14,6 +14,7 @@ from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Trim, trim
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Sample
+from dataset.loss_masks import LOSS_MASK, latent_loss_mask
 from dataset.sources import MediaItem
 from options.errors import UserError, UserErrors
 from options.geometry import FRAMEPACK_FPS, FRAMES_PER_LATENT
@@ -210,7 +211,7 @@ class FramePackLatentEncoder:
                 window=self._rules.window_of(dataset),
                 like=target,
             )
-            entries.append([to_cache(target, context, features[i], with_history=False)])
+            entries.append([to_cache(target, context, features[i], with_history=False) | _loss_mask(sample)])
         return entries
 
     def _sections(self, samples: Sequence[Sample]) -> list[list[Mapping[str, Tensor]]]:
@@ -234,6 +235,12 @@ def _embedded(sample: Sample) -> np.ndarray:
     """The picture (H, W, 3) that SigLIP looks at: whole, whatever its mask hides."""
     source = embedding_source(sample.job.dataset)
     return sample.frames[0] if source is None else sample.controls[source].rgb
+
+
+def _loss_mask(sample: Sample) -> Mapping[str, Tensor]:
+    import torch
+
+    return {} if sample.loss_mask is None else {LOSS_MASK: torch.from_numpy(latent_loss_mask(sample.loss_mask))}
 
 
 def _yes_or_no(value: bool) -> str:

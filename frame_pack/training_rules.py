@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from dataset.cache_files import CacheHeader
 from dataset.config import ImageDataset, VideoDataset
 from dataset.fingerprints import Fingerprint
 from dataset.sources import MediaItem
 from frame_pack.caching import FramePackCacheRules, Mode
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEFT_OPEN = ("mode", "no_2x", "no_4x")
 """Settings of the caching script's own flags. Within a data set they still have to be the same in all caches."""
@@ -36,6 +42,13 @@ class FramePackTrainingRules(FramePackCacheRules):
             no_2x=stored.get("no_2x") == "yes",
             no_4x=stored.get("no_4x") == "yes",
         )
+
+    def left_open(self, header: CacheHeader, indices: Mapping[str, Tensor]) -> Fingerprint:
+        if (found := header.fingerprint) is None:
+            from frame_pack.cache_evidence import settings_shown
+
+            found = settings_shown(frozenset(header.keys), indices, num_controls=0)
+        return {name: found[name] for name in LEFT_OPEN if name in found}
 
 
 def _of_kind(dataset: ImageDataset | VideoDataset) -> FramePackCacheRules:

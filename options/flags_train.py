@@ -25,7 +25,7 @@ class DataFlags:
 
     dataset_config: str | None = flag("data set file, .toml or .json, with caches of both kinds")
     max_data_loader_n_workers: int = flag("processes that read caches ahead; 0 reads in turn", default=8)
-    persistent_data_loader_workers: bool = flag("keep these processes from one epoch to the next", default=False)
+    persistent_data_loader_workers: bool = flag("no effect: they are kept anyway", default=False)
     masked_loss: bool = flag("weight the loss by the mask images that were cached with the targets", default=False)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.training
 import fpack_cache_latents
 from benchmarks.caching import Measurement, Task, measure, parse, run_all, table, write_tasks
 from benchmarks.memory import MemoryWatch, Peak, descendants, process_table
@@ -58,6 +59,33 @@ def test_nothing_to_measure_is_refused() -> None:
     for wrong in (["--images", "0", "--clips", "0"], ["--images", "-1"], ["--repeat", "0"]):
         with pytest.raises(SystemExit):
             parse(wrong)
+
+
+def test_every_number_of_checkpointed_blocks_takes_steps() -> None:
+    argv = ["--width", "128", "--double_blocks", "1", "--single_blocks", "1", "--size", "32", "--steps", "1"]
+    argv += ["--mixed_precision", "bf16", "--device", "cpu"]
+    options = benchmarks.training.parse(argv)
+    none, half, every = benchmarks.training.run_all(options, argv, benchmarks.training.measure)
+    assert [(found.num_checkpointed, found.num_blocks) for found in (none, half, every)] == [(0, 2), (1, 2), (2, 2)]
+    assert none.activations > half.activations > every.activations > 0
+    assert all(found.seconds > 0 and found.peak is None for found in (none, half, every))
+
+
+def test_the_table_of_steps_has_ratios_to_the_first_row() -> None:
+    def found(number: int, seconds: float, peak: int | None) -> benchmarks.training.Measurement:
+        return benchmarks.training.Measurement(
+            num_checkpointed=number, num_blocks=60, seconds=seconds, activations=(61 - number) << 20, peak=peak
+        )
+
+    _, none, every = benchmarks.training.table([found(0, 1.5, None), found(60, 2.25, 2**30)]).splitlines()
+    assert none.split() == "0 of 60 1.500 1.00 61.0 MiB not measured".split()
+    assert every.split() == "60 of 60 2.250 1.50 1.0 MiB 1024.0 MiB".split()
+
+
+@pytest.mark.parametrize("wrong", [["--width", "200"], ["--size", "24"], ["--steps", "0"], ["--batch_size", "0"]])
+def test_steps_that_cannot_be_taken_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmarks.training.parse(wrong)
 
 
 def test_descendants_are_found_over_generations() -> None:

@@ -204,6 +204,7 @@ FP_SHAPE = (9, 28, 36)
 KEYS = [
     ("latents_9x28x36_float16", "latents", "float16", FP_SHAPE, False),
     ("latents_clean_4x_9x28x36_float16", "latents_clean_4x", "float16", FP_SHAPE, False),
+    ("latents_loss_mask_1x68x120_float16", "latents_loss_mask", "float16", (1, 68, 120), False),
     ("latents_control_1x68x120_bfloat16", "latents_control", "bfloat16", (1, 68, 120), False),
     ("latents_image_21x60x104_float8_e4m3fn", "latents_image", "float8_e4m3fn", (21, 60, 104), False),
     ("clean_latent_4x_indices_int64", "clean_latent_4x_indices", "int64", FP_SHAPE, False),

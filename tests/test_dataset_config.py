@@ -58,6 +58,7 @@ def test_defaults_of_an_image_data_set():
             cache_directory=Path("images"),
             image_directory=Path("images"),
             image_jsonl_file=None,
+            mask_directory=None,
             control_directory=None,
             resolution=(960, 544),
             caption_extension=None,
@@ -115,6 +116,7 @@ def test_defaults_of_a_video_data_set():
         ("image", "bucket_no_upscale", "true", False),
         ("image", "cache_directory", '"写真 [x]/cache"', Path("写真 [x]/cache")),
         ("image", "control_directory", '"controls"', Path("controls")),
+        ("image", "mask_directory", '"controls"', Path("controls")),
         ("image", "multiple_target", "true", True),
         ("image", "fp_latent_window_size", "16", 16),
         ("image", "fp_1f_clean_indices", '[0, 10]\ncontrol_directory = "controls"', (0, 10)),
@@ -183,11 +185,12 @@ def test_japanese_and_bracketed_folders():
     assert dataset.image_directory == dataset.cache_directory == Path("写真 [x]")
 
 
-def test_jsonl_ignores_the_control_folder_aloud(caplog):
-    text = '[[datasets]]\nimage_jsonl_file = "images.jsonl"\ncache_directory = "c"\ncontrol_directory = "nowhere"'
+@pytest.mark.parametrize("key", ["control_directory", "mask_directory"])
+def test_jsonl_ignores_other_folders_aloud(caplog, key):
+    text = f'[[datasets]]\nimage_jsonl_file = "images.jsonl"\ncache_directory = "c"\n{key} = "nowhere"'
     (dataset,) = load(text)
-    assert dataset.control_directory is None and dataset.cache_directory == Path("c")
-    assert "data.toml [datasets][1] control_directory: not used" in caplog.text
+    assert getattr(dataset, key) is None and dataset.cache_directory == Path("c")
+    assert f"data.toml [datasets][1] {key}: not used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,17 @@ def test_only_a_changed_clip_length_is_noted(caplog, written, is_noted):
         ("image", 'cache_directory = "images.jsonl"', "cache_directory", "rename it"),
         ("image", 'control_directory = "nowhere"', "control_directory", "an existing folder"),
         ("image", 'control_directory = "images.jsonl"', "control_directory", "is no folder"),
+        ("image", 'mask_directory = "nowhere"', "mask_directory", "an existing folder"),
+        ("image", "mask_directory = true", "mask_directory", "a path in quotes"),
+        ("image", 'mask_directry = "controls"', "mask_directry", "did you mean mask_directory?"),
+        ("image", 'mask_directory = "写真 [x]/../images"', "mask_directory", "the folder of image_directory"),
+        (
+            "image",
+            'mask_directory = "controls"\ncontrol_directory = "controls"',
+            "mask_directory",
+            "the folder of control_directory",
+        ),
+        ("video", 'mask_directory = "controls"', "mask_directory", "masks are for images"),
         ("video", "target_frames = []", "target_frames", "not empty"),
         ("video", "target_frames = [0]", "target_frames", "integers from 1"),
         ("video", "target_frames = [25, -3]", "target_frames", "integers from 1"),
@@ -466,9 +480,11 @@ def test_examples_of_the_guide_are_valid_and_name_what_they_say(repository):
         (0, 10),
         (0, 10),
         (0, 1),
+        (0, 10),
         None,
     ]
     assert found[3].fp_1f_no_post and found[3].fp_1f_target_index == 1
+    assert [dataset.mask_directory for dataset in found[3:6]] == [None, None, Path("clothes_only")]
 
 
 def test_guide_names_every_key_with_its_default(repository):

@@ -477,6 +477,7 @@ def test_no_jsonl_ends_in_a_traceback():
         "video_path",
         "control_path",
         "control_path_1",
+        "mask_path",
         "caption",
         "x",
     ]

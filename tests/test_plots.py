@@ -73,10 +73,10 @@ def test_what_is_above_the_chart_does_not_run_into_the_text():
 
 
 def test_values_below_zero_are_inside():
-    dots = [Dots(label="", points=[(0, -3.0), (1, 2.0)], color=RED, radius=3)]
-    picture = draw_chart(chart(*dots, x_range=(-1, 2)))
+    low, high = (Dots(label="", points=[p], color=c, radius=3) for p, c in (((0, -3.0), RED), ((1, 2.0), LIME)))
+    picture = draw_chart(chart(low, high, x_range=(-1, 2)))
     _, top, _, bottom = white_area(picture)
-    assert top < box(picture, RED)[1] < box(picture, RED)[3] < bottom
+    assert top < box(picture, LIME)[1] < (top + bottom) / 2 < box(picture, RED)[3] < bottom
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from common.processes import Processes
 from common.sheets import contact_sheet
 from frame_pack.loading import load_transformer, open_models
 from frame_pack.pipeline import Compute, FramePackPipeline
-from generation.outputs import load_latents, read_settings
+from generation.outputs import load_latents, read_settings, save_pictures
 from generation.pipeline import Failure
 from generation.settings import Provenance
 from networks import lora_framepack
@@ -29,7 +29,7 @@ from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_generate import RequestFlags
 from options.flags_train import SampleFlags
-from training.sample_sheets import MAX_CELLS, thinned
+from training.sample_sheets import MAX_CELLS, earlier_samples, thinned
 from training.sampling import Samples, sample_due, sample_jobs
 from training.tracking import Trackers
 
@@ -176,6 +176,7 @@ def test_a_video_sample_has_generations_latents(models, trained, material, tmp_p
         assert container.streams.video[0].average_rate == 30 and container.streams.video[0].frames == 17
     settings = json.loads(read_settings(video, flag="x"))
     assert settings["request"]["num_sections"] == 2 and settings["models"]["--vae"]
+    assert settings["models"]["--lora_weight"] == f"{NAME}, at step 7 of its training"
     assert settings["training"] == {"session": 1, "step": 7, "epoch": 2}
 
 
@@ -453,10 +454,24 @@ def test_a_sheet_goes_on_growing_in_a_resumed_run_and_shows_no_other_run(tmp_pat
     make(samples_of(quick, tmp_path, f"a {PICTURE}"), quick, 0, 100, 150, 200, session=9)
     (tmp_path / "sample" / f"{NAME}_000010_00_20250417120000_5_000.png").write_bytes(b"damaged")
     shutil.copy(made(tmp_path)[-1], tmp_path / "sample" / f"{NAME}x_000020_00_20250417120000_5_000.png")
-    make(samples_of(quick, tmp_path, f"a {PICTURE}"), quick, 150, session=9)
-    assert np.array_equal(sheet_of(tmp_path), expected_sheet([0, 100, 150])), "set back: 200 is not reached again yet"
+    make(samples_of(quick, tmp_path, f"a {PICTURE}"), quick, 100, session=9)
+    assert np.array_equal(sheet_of(tmp_path), expected_sheet([0, 100])), "set back: 150 is not reached again yet"
     make(samples_of(quick, tmp_path, f"a {PICTURE}"), quick, 10, session=10)
     assert np.array_equal(sheet_of(tmp_path), expected_sheet([10]))
+
+
+def test_of_several_samples_at_one_step_the_latest_counts(tmp_path):
+    def save(name: str, step: int, **made) -> Path:
+        settings = json.dumps({"training": {"session": 1, "step": step, **made}})
+        return save_pictures(np.zeros((1, 16, 16, 3), np.uint8), tmp_path, name, settings=settings)[0]
+
+    save(f"{NAME}_000005_00_20260101000000_5_000", 5)
+    late = save(f"{NAME}_e000001_00_20260301000000_5_000", 5)
+    save(f"{NAME}_000005_00_20260201000000_5_000", 5)
+    other = save(f"{NAME}_000007_00_20260101000000_5_000", 7)
+    save(f"{NAME}_000008_01_20260101000000_5_000", 8)
+    save(f"{NAME}_000009_00_20260101000000_5_000", 9, session=2)
+    assert earlier_samples(tmp_path, NAME, 0, session=1) == {5: late, 7: other}
 
 
 def test_a_video_is_on_its_sheet_with_its_middle_frame(tmp_path):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+SECONDS_OF_ONE_REQUEST = 3.0
 
 
 class Interruption:
     """Whether a signal came, and which."""
 
     number: int | None = None
+    _since = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -24,10 +27,13 @@ class Interruption:
         return 128 + (self.number or signal.SIGINT)
 
     def hear(self, number: int, frame: object) -> None:
-        if self.number is not None:  # whoever asks twice does not want to wait for a step
-            raise KeyboardInterrupt
-        self.number = number
-        logger.warning("%s: saving after this step; once more ends at once", signal.Signals(number).name)
+        if self.number is not None:
+            # Launchers pass Ctrl-C on to processes that the terminal has told already, and ask to terminate as well.
+            if number == signal.SIGINT and time.monotonic() - self._since > SECONDS_OF_ONE_REQUEST:
+                raise KeyboardInterrupt  # whoever asks twice does not want to wait for a step
+            return
+        self.number, self._since = number, time.monotonic()
+        logger.warning("%s: saving after this step; Ctrl-C once more ends at once", signal.Signals(number).name)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import nn
 
-from networks.arguments import DEFAULT_DIM
+from networks.arguments import DEFAULT_DIM, NetworkArguments
 from networks.lora_convert import to_native
 from networks.lora_formats import read_lora
 from networks.network import Network
@@ -42,7 +42,7 @@ def open_network(flags: NetworkFlags, transformer: nn.Module, *, seed: int) -> N
     if flags.dim_from_weights:
         if flags.network_weights is None:
             raise UserError("--dim_from_weights", "no file", f"{WEIGHTS_FLAG} beside it", f"add {WEIGHTS_FLAG}")
-        return network_from_tensors(transformer, _weights(flags), where=_where(flags)).train()
+        return _as_asked(network_from_tensors(transformer, _weights(flags), where=_where(flags)), flags)
     network = module.create_network(
         transformer,
         dim=flags.network_dim,
@@ -77,6 +77,18 @@ def base_choices(flags: NetworkFlags) -> tuple[LoraChoice, ...]:
         raise UserError("--base_weights_multiplier", got, expected, "add a file or drop a value")
     padded = (*multipliers, *[1.0] * (len(files) - len(multipliers)))
     return tuple(LoraChoice(path=path, multiplier=value) for path, value in zip(files, padded, strict=True))
+
+
+def _as_asked(network: Network, flags: NetworkFlags) -> Network:
+    """A file gives layers, ranks and alphas; how to train them is up to the command line all the same."""
+    kind = next(iter(network.adapters.values())).kind
+    arguments = NetworkArguments.parse(
+        kind, dim=None, alpha=None, neuron_dropout=flags.network_dropout, args=network_arguments(flags)
+    )
+    network.loraplus_lr_ratio = arguments.loraplus_lr_ratio
+    for adapter in network.adapters.values():
+        adapter.dropout = arguments.dropout
+    return network.train()
 
 
 def _import(name: str) -> ModuleType:

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from dataset.cache_checks import MAIN
 from dataset.epochs import ItemKey
+from dataset.loss_masks import LOSS_MASK
 from dataset.training_dataset import TrainBatch
 from modules.flow_matching import noisy, velocity
 from options.flags_timesteps import TimestepFlags
 from training.architecture import Architecture
 from training.timesteps import draw_noise, draw_sigmas, item_seed, loss_weights
-
-LOSS_MASK = "latents_loss_mask"
-"""(1, F, h, w) in [0, 1], cached with a target: where its loss counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from options.flags_saving import AUTO, HubFolder
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.checkpoints import SavePlan, check_room
+from training.masks import check_masks
 from training.networks import base_choices, network_arguments, open_network, shape_of
 from training.rehearsal import rehearse
 from training.resuming import newest_state, run_fingerprint
@@ -96,6 +97,7 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     config = load_dataset_config(flags.data.dataset_config)
     dataset = _open_dataset(config, architecture)
     check_reachable(flags.timesteps, {layout.shape(MAIN)[-2:] for layout in dataset.layouts})
+    check_masks(dataset, flags.data.masked_loss)
     validation = _open_validation(flags, architecture)
 
     saves = _save_plan(flags, dataset, processes)
@@ -108,6 +110,7 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         network_args=network_arguments(flags.network),
         base_model=_base_model(architecture, merge),
         optimizer_type=flags.optimizer.optimizer_type,
+        optimizer_args=flags.optimizer.optimizer_arguments,
         seed=seed,
         buckets=dataset.buckets,
         batches_per_step=flags.run.gradient_accumulation_steps * processes.world,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from common.processes import Processes, joined_processes
+from common.processes import PATIENCE, Processes, joined_processes
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.plan import TrainPlan, plan_run
@@ -36,7 +37,8 @@ def run_training(flags: Flags, open_architecture: Callable[[Flags], Architecture
         show_timesteps(flags.timesteps, folder=flags.saving.output_dir)
         return 0
     _set_backends(flags)
-    with joined_processes() as processes:
+    minutes = flags.devices.ddp_timeout
+    with joined_processes(timedelta(minutes=minutes) if minutes else PATIENCE) as processes:
         if not processes.is_main:
             logging.getLogger().setLevel(logging.WARNING)
         architecture = open_architecture(flags)

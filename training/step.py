@@ -70,6 +70,8 @@ class Stepper:
         groups = network.parameter_groups(flags.optimizer.learning_rate)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = create_optimizer(flags.optimizer, groups)
+        for group in self.optimizer.param_groups:  # which not every schedule keeps, and a resumed run needs
+            group.setdefault("initial_lr", group["lr"])
         self._scheduler = create_scheduler(flags.optimizer, self.optimizer, num_steps=num_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
         train_mode(self.optimizer)
@@ -90,8 +92,9 @@ class Stepper:
             result = self._objective(batch, epoch=epoch, quantiles=quantiles)
             self._scaler.scale(result.weighted / len(group)).backward()
             samples.append(result)
-        self._scaler.unscale_(self.optimizer)
+        # Averaged first: an overflow in one process then leaves the step out in all of them.
         average_gradients(self._parameters, self._processes)
+        self._scaler.unscale_(self.optimizer)
         norm = clip_gradients(self._parameters, self._flags.optimizer.max_grad_norm)
         losses = torch.stack([result.weighted.detach() for result in samples]).tolist()
         everyones = self._processes.gather(losses)
