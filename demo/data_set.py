@@ -70,8 +70,8 @@ def write_data_set(folder: Path, material: Material) -> DataSet:
     shutil.copyfile(clip_path("bikes"), videos / "bikes.mp4")
     (videos / "bikes.txt").write_text("A street seen from above, then a man in it.", encoding="utf-8")
     texts = {
-        "images": IMAGES.format(result=_quoted(result), controls=_quoted(controls), cache=_quoted(folder / "cache")),
-        "videos": VIDEOS.format(videos=_quoted(videos), cache=_quoted(folder / "cache_videos")),
+        "images": IMAGES.format(result=quoted(result), controls=quoted(controls), cache=quoted(folder / "cache")),
+        "videos": VIDEOS.format(videos=quoted(videos), cache=quoted(folder / "cache_videos")),
     }
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
@@ -89,7 +89,7 @@ def _write_kisekaeichi(result: Path, controls: Path, middle: Path, around: Path,
         picture.save(controls / f"{result.stem}_{number}.png")
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """As a TOML string."""
     return json.dumps(path.as_posix(), ensure_ascii=False)
 

@@ -2,7 +2,7 @@
 
 Everything goes through the scripts as a user would call them; the command lines are printed. Three calls of
 `fpack_generate_video.py` do, because each loads the models once: a file of one-frame prompts, a sweep, and a video.
-Then a small data set is cached.
+Then a small data set is cached, and a LoRA is trained for a minute and tried.
 """
 
 import argparse
@@ -24,6 +24,16 @@ from demo.data_set import DataSet, caching_commands, write_data_set
 from demo.loras import write_colour_lora
 from demo.material import Material, write_material
 from demo.models import ModelPaths, build_models
+from demo.training import (
+    CAPTION,
+    NUM_CROPS,
+    NUM_STEPS,
+    OPTIONS,
+    SIZE,
+    RedLight,
+    training_commands,
+    write_red_light,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE_SIZE, SWEEP_SIZE, VIDEO_SIZE = (256, 256), (192, 192), (128, 160)
@@ -68,6 +78,9 @@ class Run:
     """A sweep too."""
     video: Path
     data_set: DataSet
+    red_light: RedLight
+    red_light_sweep: Path
+    """The picture without and with the LoRA that was trained."""
 
 
 def lines(material: Material) -> tuple[Line, ...]:
@@ -108,11 +121,23 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
     data_set = write_data_set(results / "data_set", material)
     for command in caching_commands(models, data_set):
         _call(command)
+    red_light = write_red_light(results / "training", material)
+    for command in training_commands(models, red_light):
+        _call(command)
+    _generate(models, (SIZE, SIZE), results / "trained", *red_light_arguments(material, red_light.lora), *pictures)
     # Names begin with the time, so their order is the order of the lines.
     made = tuple(sorted((results / "one_frame").glob("*.png")))
-    sweep, swept_lora = (next((results / name).glob("*_sweep.png")) for name in ("sweep", "lora"))
+    sweep, swept_lora, trained = (next((results / name).glob("*_sweep.png")) for name in ("sweep", "lora", "trained"))
     (video_path,) = (results / "video").glob("*.mp4")
-    return Run(pictures=made, sweep=sweep, lora=swept_lora, video=video_path, data_set=data_set)
+    return Run(
+        pictures=made,
+        sweep=sweep,
+        lora=swept_lora,
+        video=video_path,
+        data_set=data_set,
+        red_light=red_light,
+        red_light_sweep=trained,
+    )
 
 
 def sweep_arguments(material: Material) -> tuple[str, ...]:
@@ -130,6 +155,15 @@ def lora_arguments(material: Material, lora: Path) -> tuple[str, ...]:
     return (
         *("--prompt", "A cat.", "--image_path", str(material.chelsea), "--control_image_path", str(material.chelsea)),
         *("--one_frame_inference", "default", "--lora", str(lora), "--sweep", LORA_SWEEP),
+        *("--infer_steps", str(SWEEP_STEPS)),
+    )
+
+
+def red_light_arguments(material: Material, lora: Path) -> tuple[str, ...]:
+    """The cat, which the training has not seen, without the LoRA and with it."""
+    return (
+        *("--prompt", CAPTION, "--image_path", str(material.chelsea), "--control_image_path", str(material.chelsea)),
+        *("--one_frame_inference", OPTIONS, "--lora", str(lora), "--sweep", "lora=0,1"),
         *("--infer_steps", str(SWEEP_STEPS)),
     )
 
@@ -185,6 +219,18 @@ def data_set_sheet(run: Run) -> Image.Image:
     return tiled([[Image.open(path)] for path in run.data_set.previews])
 
 
+def training_sheet(material: Material, run: Run) -> Image.Image:
+    """An item of the data set, the picture before and after, and the charts of the loss."""
+    folder, stem = run.red_light.folder, f"{material.coffee.stem}_0"
+    item = [
+        (f"{name} (of {2 * NUM_CROPS})", Image.open(folder / name / f"{stem}.png")) for name in ("controls", "targets")
+    ]
+    title = f"A LoRA trained for {NUM_STEPS} steps: {CAPTION}"
+    before_after = Image.open(run.red_light_sweep)
+    shown = contact_sheet(item, columns=2, cell_width=256, title=title)
+    return tiled([[shown, before_after], [Image.open(run.red_light.loss)]])
+
+
 def heading(width: int) -> Image.Image:
     """The title alone, as wide as the sheets below it."""
     nothing = Image.new("RGB", (width, 1), BACKGROUND)
@@ -219,15 +265,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo: got exit code {error.returncode} from the command above; expected 0", file=sys.stderr)
         return 1
     made, video, data_set = one_frame_sheets(material, run), video_sheet(material, run), data_set_sheet(run)
+    training = training_sheet(material, run)
     one_frame, blend, kisekaeichi, sweep, lora = made.values()
     sheet_path = output / "contact_sheet.png"
-    tiled([[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [lora], [video], [data_set]]).save(
-        sheet_path
+    tiled(
+        [[heading(video.width)], [one_frame, blend], [kisekaeichi], [sweep], [lora], [video], [data_set], [training]]
+    ).save(sheet_path)
+    pictures = save_sheets(
+        {**made, "data_set_preview": data_set, "training": training}, options.pictures or output / "pictures"
     )
-    pictures = save_sheets({**made, "data_set_preview": data_set}, options.pictures or output / "pictures")
     print(NOTE)
     print(f"\nDone in {time.monotonic() - start:.0f} seconds. Made:")
-    for path in (*run.pictures, run.sweep, run.lora, run.video, *run.data_set.previews, *pictures, sheet_path):
+    for path in (
+        *run.pictures,
+        run.sweep,
+        run.lora,
+        run.video,
+        *run.data_set.previews,
+        run.red_light.lora,
+        *pictures,
+        sheet_path,
+    ):
         print(f"  {path}")
     return 0
 

@@ -192,6 +192,9 @@ def test_saved_bytes_are_those_of_storages_that_no_weight_owns() -> None:
         layer(x)
     assert kept.total == 5 * 8 * 4, "no gradient reaches x, so that the weight is not needed"
     x.requires_grad_()
+    with saved_bytes(layer.parameters()) as kept:
+        layer(x)
+    assert kept.total == 5 * 8 * 4, "now it is, but it is there anyway"
     with saved_bytes([]) as kept:
         product = layer(x)
         first, second = product[:2], product[2:4]

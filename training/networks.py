@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import ModuleType
 
 from torch import nn
@@ -95,7 +96,9 @@ def _import(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        remedy = did_you_mean(name, MODULES, f"use one of {', '.join(MODULES)} ({error})")
+        known = [module for module in MODULES if find_spec(module)]
+        remedy = f"use one of {', '.join(known)} ({error})"
+        remedy = remedy if name in MODULES else did_you_mean(name, known, remedy)
         raise UserError("--network_module", name, "a module that can be imported", remedy) from error
     if not hasattr(module, "create_network"):
         raise UserError(

@@ -13,6 +13,7 @@ import torch
 
 from common import weights
 from common.device import pick_device
+from common.files import check_writable_folder
 from common.processes import Processes
 from dataset.cache_checks import MAIN
 from dataset.config import DatasetConfig, load_dataset_config
@@ -85,6 +86,8 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     device = pick_device(processes.device_name(flags.devices.device))
     mixed_precision = _mixed_precision(flags, device)
     check_trackers(flags.tracking)
+    if processes.is_main:
+        check_writable_folder(flags.saving.output_dir, flag="--output_dir")
     resume = _resume_folder(flags, processes)
     seed = _seed(flags, resume, processes)
 
