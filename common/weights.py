@@ -119,6 +119,16 @@ class Checkpoint:
                     yield name, get_tensor(key)
 
 
+def without_prefix(checkpoint: Checkpoint, anchor: str) -> Checkpoint:
+    """The checkpoint without what other programs put before all names, `model.diffusion_model.` for example.
+
+    Args:
+        anchor: a tensor that the model has under this name.
+    """
+    prefix = next((name.removesuffix(anchor) for name in checkpoint.tensors if f".{name}".endswith(f".{anchor}")), "")
+    return checkpoint.rename(lambda name: name.removeprefix(prefix)) if prefix else checkpoint
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash that tells one file from another without reading all of it: names, shapes, and samples of the content."""
     digest = hashlib.sha256(repr(sorted((n, i.dtype, i.shape) for n, i in checkpoint.tensors.items())).encode())

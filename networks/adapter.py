@@ -135,8 +135,10 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
 
 
 def detach(layer: nn.Module, adapter: Adapter) -> None:
-    """The last one to go leaves the layer as it was."""
-    layer.adapters.remove(adapter)
+    """The last one to go leaves the layer as it was. Does nothing where the adapter is not attached."""
+    if not isinstance(layer, Adapted):
+        return
+    layer.adapters = [other for other in layer.adapters if other is not adapter]
     # A forward that was replaced meanwhile may call ours, which then gives what the layer gives.
     if not layer.adapters and "forward" not in vars(layer):
         del layer.adapters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from common.weights import Checkpoint
 from networks.deltas import Factors
 from networks.lora_formats import read_lora
 from networks.lora_matching import Matched, match, select
+from networks.lora_metadata import check_output
 from options.errors import UserError
 from options.lora import LoraChoice
 
@@ -40,23 +42,32 @@ class LoraMerge:
     """In the order in which they are added."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the checkpoint's weights, by name."""
+    flag: str = FLAG
+    """That named the files, for messages."""
 
     @contextmanager
     def reading(self, device: torch.device | str) -> Iterator[Change]:
         """Holds the LoRAs in RAM for as long as weights are loaded. The sums are made on `device`."""
-        loras = [(choice.multiplier, _matched(choice, self.shapes).factors) for choice in self.choices]
+        loras = [(choice.multiplier, _matched(choice, self.shapes, self.flag).factors) for choice in self.choices]
 
         def change(name: str, weight: Tensor) -> Tensor:
             own = [(multiplier, factors[name]) for multiplier, factors in loras if name in factors]
-            return _merged(weight, own, device) if own else weight
+            merged = _merged(weight, own, device) if own else weight
+            if merged is None:
+                got, expected = f"{name} with infinite numbers once merged", "finite weights"
+                raise UserError(self.flag, got, expected, "use smaller multipliers, or another LoRA")
+            return merged
 
         yield change
 
 
-def _merged(weight: Tensor, loras: Sequence[tuple[float, Factors]], device: torch.device | str) -> Tensor:
+def _merged(weight: Tensor, loras: Sequence[tuple[float, Factors]], device: torch.device | str) -> Tensor | None:
+    """None when the sum is beyond the numbers of float32."""
     total = weight.to(device, torch.float32, copy=True)
     for multiplier, factors in loras:
         total += multiplier * factors.to(device).delta(weight.shape)
+    if not bool(total.isfinite().all()):
+        return None
     # Beyond its largest number, casting to float8 gives NaN.
     return total if weight.dtype.itemsize > 1 else total.clamp_(*_range(weight.dtype))
 
@@ -65,29 +76,35 @@ def _range(dtype: torch.dtype) -> tuple[float, float]:
     return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
-def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint) -> LoraMerge:
+def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint, *, flag: str = FLAG) -> LoraMerge:
     """Checks LoRAs against a checkpoint's header and says in the log what of each is used and what is not.
+
+    Args:
+        flag: the one that named the files, for messages.
 
     Raises:
         UserError: a file that is no LoRA or another architecture's, patterns that leave nothing, shapes that do not
             fit, or weights that cannot be added to.
     """
     for choice in choices:
-        matched = _matched(choice, checkpoint.shapes, shapes_only=True)
+        matched = _matched(choice, checkpoint.shapes, flag, shapes_only=True)
         for weight in matched.factors:
             _check_weight(weight, checkpoint)
         report(matched, choice.multiplier)
-    return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {})
+    return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {}, flag=flag)
 
 
-def report(matched: Matched, multiplier: float) -> None:
+def report(matched: Matched, multiplier: float | None = None) -> None:
     """One line in the log; a warning when something in the file is left over."""
     is_partial = matched.unmatched or matched.lora.leftover
-    logger.log(logging.WARNING if is_partial else logging.INFO, "%s; multiplier %g", matched.summary(), multiplier)
+    strength = "" if multiplier is None else f"; multiplier {multiplier:g}"
+    logger.log(logging.WARNING if is_partial else logging.INFO, "%s%s", matched.summary(), strength)
 
 
-def _matched(choice: LoraChoice, shapes: Mapping[str, tuple[int, ...]], *, shapes_only: bool = False) -> Matched:
-    lora = read_lora(choice.path, flag=FLAG, shapes_only=shapes_only)
+def _matched(
+    choice: LoraChoice, shapes: Mapping[str, tuple[int, ...]], flag: str, *, shapes_only: bool = False
+) -> Matched:
+    lora = read_lora(choice.path, flag=flag, shapes_only=shapes_only)
     if choice.include or choice.exclude:
         lora = select(lora, include=choice.include, exclude=choice.exclude)
     return match(lora, shapes)
@@ -118,11 +135,20 @@ def merge_into_file(
     if not choices:
         raise UserError(flag, output, "LoRAs to merge", f"give {FLAG}")
     check_output_file(output, checkpoint.num_bytes, flag=flag)
-    if any(Path(output).resolve() == file.resolve() for file in checkpoint.files):
-        raise UserError(flag, output, "another file than the model's own", "give another name")
+    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
+    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
     merge = plan_merge(choices, checkpoint)
+    if any(info.num_bytes == math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) > 1):
+        logger.warning(
+            "%s holds 8-bit weights: sums rounded to 8 bits keep little of a LoRA; merge into the 16-bit model instead",
+            checkpoint.path,
+        )
     made_of = [{"name": Path(choice.path).name, "multiplier": choice.multiplier} for choice in choices]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(made_of, ensure_ascii=False)}
-    with merge.reading(device) as change:
-        write_checkpoint(output, checkpoint, change=change, metadata=metadata)
+    try:
+        with merge.reading(device) as change:
+            write_checkpoint(output, checkpoint, change=change, metadata=metadata)
+    except OSError as error:
+        remedy = "make room, or give another folder; nothing is left behind"
+        raise UserError(flag, f"{error.strerror or error} at {output}", "a place to write to", remedy) from error
     logger.info("saved %s", output)
