@@ -173,7 +173,8 @@ def _is_autocast(device: str) -> bool:
 
 
 def _scale(alpha: float, rank: int | None) -> float:
-    return alpha / rank if rank else 1.0
+    # An alpha of 0 counts as the rank, as in the files of the trainers that write one.
+    return alpha / rank if rank and alpha else 1.0
 
 
 def _follow_loaded_alpha(adapter: Adapter, _: object) -> None:

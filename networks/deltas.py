@@ -4,8 +4,8 @@
     LoHa   ΔW = s · (w1_a @ w1_b) * (w2_a @ w2_b)      r = rows of w1_b
     LoKr   ΔW = s · w1 ⊗ w2                            w1, w2 whole or a product; s = 1 when both are whole
 
-Without an alpha, or with one of 0, alpha is r. Convolutions: down is (r, in, *kernel), up (out, r, 1, …). Everything but `delta` looks at
-shapes only, so it works on the meta device, for files of which only the header was read.
+Without an alpha, or with one of 0, alpha counts as r. Convolutions: down is (r, in, *kernel), up (out, r, 1, …).
+Everything but `delta` looks at shapes only, so it works on the meta device: for files of which only headers were read.
 
 Shapes: r rank, (out, in) the base weight, (l, m) and (k, n) LoKr's factors with out = l·k, in = m·n.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +23,12 @@ PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_PREFIX = "transformer"
 """The component's name, before tensors and configuration entries alike."""
 Config = Mapping[str, object]
+
+
+def adapter_file(path: str | Path) -> str | Path:
+    """The file that `path` means: PEFT's own in a folder that holds one, else `path`."""
+    file = os.path.join(path, PEFT_FILE)
+    return file if os.path.isfile(file) else path
 
 
 def read_config(metadata: Mapping[str, str], file: Path) -> Config:

@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "oneframe_folded_scales"
 COMMON = ""
 """Under which the record stands that most modules share."""
-NUMBERS = {name: getattr(torch, name) for name in TORCH_DTYPES.values() if name != "bool"}
-FLOATS = {name: dtype for name, dtype in NUMBERS.items() if dtype.is_floating_point}
+DTYPES = {name: getattr(torch, name) for name in TORCH_DTYPES.values()}
 """What a record may name: it comes from a file that anybody may have written."""
 Record = Mapping[str, object]
 
@@ -113,8 +112,8 @@ def _unfolded(factors: Factors, record: Record | None) -> Factors:
     if record is None or record["rank"] != factors.rank:
         return factors
     part = _carrier(factors)
-    original = _undone(factors.tensors[part], record["folded"], FLOATS[record["dtype"]])
-    alpha = torch.tensor(record["alpha"], dtype=NUMBERS[record["alpha_dtype"]])
+    original = _undone(factors.tensors[part], record["folded"], DTYPES[record["dtype"]])
+    alpha = torch.tensor(record["alpha"], dtype=DTYPES[record["alpha_dtype"]])
     restored = replace(factors, tensors={**factors.tensors, part: original}, alpha=alpha)
     return restored if math.isclose(restored.scale, factors.scale * record["folded"], rel_tol=1e-6) else factors
 

@@ -277,7 +277,7 @@ def bad(tmp_path, loras) -> Callable[[str], str]:
     [
         ("truncated", "truncated"),
         ("wan", "lora_unet_blocks_0_self_attn_q"),
-        ("shape", "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight"),
+        ("shape", "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight"),
     ],
 )
 def test_a_lora_that_cannot_be_used_names_its_first_key(flag: str, kind: str, named: str, refused, bad) -> None:
