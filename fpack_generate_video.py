@@ -49,6 +49,8 @@ def save_merged_model(flags: FramePackGenerateFlags) -> None:
 
     if flags.models.dit is None:
         raise UserError("--dit", "nothing", "a checkpoint file or folder", "give --dit")
+    if flags.request.lora:
+        raise UserError("--lora", " ".join(flags.request.lora), "--lora_weight, which is merged", "use that instead")
     choices, output = lora_choices(flags.lora), flags.lora.save_merged_model
     checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
     merge_into_file(checkpoint, choices, output, device=pick_device(flags.compute.device), flag="--save_merged_model")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 SAFETENSORS_DTYPES = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+MAX_NAME_BYTES = 255
+"""On common file systems."""
 Layout = Mapping[str, tuple["torch.dtype", tuple[int, ...]]]
 
 
@@ -29,6 +31,8 @@ def check_output_file(path: str | Path, num_bytes: int, *, flag: str) -> None:
     """Raises UserError for a name or a place that a large safetensors file cannot have, before any work is done."""
     if Path(path).suffix.lower() != ".safetensors":
         raise UserError(flag, path, "a name that ends in .safetensors", "change the name")
+    if len(os.fsencode(Path(path).name)) > MAX_NAME_BYTES:
+        raise UserError(flag, path, f"a name of at most {MAX_NAME_BYTES} bytes", "shorten it")
     if os.path.isdir(path):
         raise UserError(flag, path, "a file", "it is a folder: give a file name")
     folder = Path(path).absolute().parent
@@ -51,10 +55,14 @@ def write_checkpoint(
     import torch
     from tqdm import tqdm
 
-    layout = {
-        name: (getattr(torch, TORCH_DTYPES.get(info.dtype, info.dtype)), info.shape)
-        for name, info in checkpoint.tensors.items()
-    }
+    layout = {}
+    for name, info in checkpoint.tensors.items():
+        dtype = getattr(torch, TORCH_DTYPES.get(info.dtype, info.dtype), None)
+        if dtype is None:
+            got = f"{name} of type {info.dtype}"
+            where = f"{checkpoint.flag} {checkpoint.path}"
+            raise UserError(where, got, "types that torch knows", "use the model in another type")
+        layout[name] = (dtype, info.shape)
     tensors = ((name, change(name, tensor)) for name, tensor in checkpoint.read())
     write_tensors(path, layout, tqdm(tensors, total=len(layout), desc=Path(path).name, disable=None), metadata)
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 SHARD_NAME = re.compile(r"(?P<prefix>.*?)(?P<index>\d+)-of-(?P<count>0*[1-9]\d*)\.safetensors")
+DTYPE = re.compile(r"BOOL|BF16|[CFIU]\d+(_[A-Z0-9]+)?")
+"""Types that safetensors has or may get; the number is that of bits."""
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 NUM_SAMPLES, SAMPLE_BYTES = 64, 1 << 16
@@ -119,6 +121,16 @@ class Checkpoint:
                     yield name, get_tensor(key)
 
 
+def without_prefix(checkpoint: Checkpoint, anchor: str) -> Checkpoint:
+    """The checkpoint without what other programs put before all names, `model.diffusion_model.` for example.
+
+    Args:
+        anchor: a tensor that the model has under this name.
+    """
+    prefix = next((name.removesuffix(anchor) for name in checkpoint.tensors if f".{name}".endswith(f".{anchor}")), "")
+    return checkpoint.rename(lambda name: name.removeprefix(prefix)) if prefix else checkpoint
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash that tells one file from another without reading all of it: names, shapes, and samples of the content."""
     digest = hashlib.sha256(repr(sorted((n, i.dtype, i.shape) for n, i in checkpoint.tensors.items())).encode())
@@ -203,17 +215,25 @@ def _safetensors_header(file: Path, flag: str) -> dict[str, TensorInfo]:
     if not entries:
         kind = "a GGUF file" if start[:4] == b"GGUF" else f"{size} bytes"
         raise UserError(flag, f"{file}, {kind}", "a safetensors file", "it is damaged or of another format")
-    try:
-        end = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
-        tensors = {
-            key: TensorInfo(file=file, key=key, dtype=entry["dtype"], shape=tuple(entry["shape"]))
-            for key, entry in entries.items()
-        }
-    except (TypeError, KeyError, IndexError) as error:
-        raise UserError(flag, file, "a safetensors header", "the file is damaged: download it again") from error
+    tensors = {key: _tensor_info(file, key, entry, flag) for key, entry in entries.items()}
+    end = 8 + length + max(entry["data_offsets"][1] for entry in entries.values())
     if end > size:
         raise UserError(flag, f"{file}, {size} bytes", f"{end} bytes", "it is truncated: download it again")
     return tensors
+
+
+def _tensor_info(file: Path, key: str, entry: object, flag: str) -> TensorInfo:
+    """One entry of the header; raises UserError where type, shape and place do not belong together."""
+    try:
+        info = TensorInfo(file=file, key=key, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        start, end = entry["data_offsets"]
+        are_numbers = all(type(number) is int and number >= 0 for number in (*info.shape, start, end))
+        if are_numbers and DTYPE.fullmatch(info.dtype) and end - start == info.num_bytes:
+            return info
+    except (TypeError, KeyError, ValueError):
+        pass
+    got, expected = f"{file}, {key}: {entry}", "a type and a shape that fill its place"
+    raise UserError(flag, got, expected, "the file is damaged: download it again")
 
 
 def _pickle_header(file: Path, flag: str) -> dict[str, TensorInfo]:

@@ -8,7 +8,14 @@ from functools import partial
 import torch
 
 from common.checkpoint_kinds import FRAMEPACK_TRANSFORMER, expect_kind
-from common.weights import Checkpoint, check_names_and_shapes, empty_model, load_weights, open_checkpoint
+from common.weights import (
+    Checkpoint,
+    check_names_and_shapes,
+    empty_model,
+    load_weights,
+    open_checkpoint,
+    without_prefix,
+)
 from frame_pack.config import FramePackConfig
 from frame_pack.image_encoder import build_siglip, open_siglip
 from frame_pack.model import FramePackTransformer
@@ -83,7 +90,7 @@ def open_transformer(path: str, *, flag: str = "--dit", memmap: bool = True) -> 
     """A FramePack or FramePack-F1 transformer: one file, a set of shards, or a snapshot folder."""
     checkpoint = open_checkpoint(path, flag=flag, memmap=memmap)
     expect_kind(checkpoint, FRAMEPACK_TRANSFORMER)
-    return checkpoint
+    return without_prefix(checkpoint, "x_embedder.proj.weight")
 
 
 def build_transformer(checkpoint: Checkpoint) -> FramePackTransformer:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
 from frame_pack.sampling import generate_latents
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
-from generation.settings import Provenance, content_hash
+from generation.settings import Provenance, content_hash, readable
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.text_encoders import (
     find_tokenizer,
@@ -158,8 +159,11 @@ class FramePackPipeline:
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoise]:
-        with torch.no_grad(), self._transformer.use():
-            yield self._denoise
+        try:
+            with torch.no_grad(), self._transformer.use():
+                yield self._denoise
+        finally:
+            self._prompt_loras.leave_device()
 
     def _denoise(self, request: GenerationRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
         transformer = self._transformer.model
@@ -187,5 +191,13 @@ class FramePackPipeline:
 
 def _merged_loras(merge: LoraMerge) -> str:
     """Which LoRAs are in the model and how much of each, known by their content."""
-    parts = [[content_hash(c.path), c.multiplier, c.include, c.exclude] for c in merge.choices]
-    return json.dumps(parts, ensure_ascii=False)
+    choices = [
+        {
+            "name": readable(Path(choice.path).name),
+            "file": content_hash(choice.path),
+            "multiplier": choice.multiplier,
+            "patterns": [choice.include, choice.exclude],
+        }
+        for choice in merge.choices
+    ]
+    return json.dumps(choices, ensure_ascii=False)

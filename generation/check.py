@@ -44,5 +44,7 @@ def check_jobs(pipeline: Pipeline, jobs: Sequence[Job]) -> None:
 
 
 def check_output(output: OutputFlags) -> None:
-    """Raises UserError for an output folder that cannot be written."""
+    """Raises UserError for an output folder that is not given or cannot be written."""
+    if output.save_path is None:
+        raise UserError("--save_path", "nothing", "a folder for results", "give --save_path")
     check_writable_folder(output.save_path, flag="--save_path")

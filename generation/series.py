@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -108,11 +109,26 @@ def warn_about_differences(now: Provenance, then: Recorded, file: str) -> None:
     """The result can only be the same with the same weights, types and kind of device."""
     name = Path(file).name
     for flag in sorted({*now.models, *then.models}):
-        if now.models.get(flag) != then.models.get(flag):
-            logger.warning("%s is not what made %s: the result may differ", flag, name)
+        if _identity(now.models.get(flag)) != _identity(then.models.get(flag)):
+            logger.warning("%s is not what made %s%s: the result may differ", flag, name, _recorded_names(then, flag))
     for setting, value in then.compute.items():
         if now.compute[setting] != value:
             logger.warning("%s was made with %s %s: the result may differ", name, setting, value)
+
+
+def _identity(model: str | None) -> object:
+    """What has to be the same: of a list of files all but their names."""
+    if model is None or not model.startswith("["):
+        return model
+    return [{key: value for key, value in file.items() if key != "name"} for file in json.loads(model)]
+
+
+def _recorded_names(then: Recorded, flag: str) -> str:
+    """` (style.safetensors:0.8)` where files are recorded by name."""
+    model = then.models.get(flag, "")
+    files = json.loads(model) if model.startswith("[") else []
+    names = ", ".join(f"{file['name']}:{file['multiplier']:g}" for file in files)
+    return f" ({names})" if names else ""
 
 
 def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> ComputeFlags:

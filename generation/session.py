@@ -59,9 +59,9 @@ def run_session(
     """
     check_vae_memory(flags.compute)
     check_modes(flags.series, flags.request, flags.output)
+    check_output(flags.output)
     if flags.output.latent_path:
         return decode_saved(flags)
-    check_output(flags.output)
     if flags.series.from_metadata:
         return _repeat(flags, family, open_pipeline)
     if flags.series.interactive:

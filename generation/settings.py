@@ -51,9 +51,9 @@ class Provenance:
 
         def refer(path: str) -> str:
             digest = content_hash(path)
-            inputs[digest] = {"name": _readable(Path(path).name)}
+            inputs[digest] = {"name": readable(Path(path).name)}
             if self.with_paths:
-                inputs[digest]["path"] = _readable(str(Path(path).resolve()))
+                inputs[digest]["path"] = readable(str(Path(path).resolve()))
             return digest
 
         data = {
@@ -67,7 +67,7 @@ class Provenance:
         return json.dumps(data, ensure_ascii=False, sort_keys=True)
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """A file name as text; names in other encodings, which Linux allows, cannot be written as they are."""
     return os.fsencode(name).decode("utf-8", "replace")
 

@@ -139,8 +139,10 @@ def attach(layer: nn.Module, adapter: Adapter) -> None:
 
 
 def detach(layer: nn.Module, adapter: Adapter) -> None:
-    """The last one to go leaves the layer as it was."""
-    layer.adapters.remove(adapter)
+    """The last one to go leaves the layer as it was. Does nothing where the adapter is not attached."""
+    if not isinstance(layer, Adapted):
+        return
+    layer.adapters = [other for other in layer.adapters if other is not adapter]
     # A forward that was replaced meanwhile may call ours, which then gives what the layer gives.
     if not layer.adapters and "forward" not in vars(layer):
         del layer.adapters
@@ -175,7 +177,8 @@ def _is_autocast(device: str) -> bool:
 
 
 def _scale(alpha: float, rank: int | None) -> float:
-    return alpha / rank if rank else 1.0
+    # An alpha of 0 counts as the rank, as in the files of the trainers that write one.
+    return alpha / rank if rank and alpha else 1.0
 
 
 def _follow_loaded_alpha(adapter: Adapter, _: object) -> None:

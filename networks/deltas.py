@@ -4,8 +4,8 @@
     LoHa   ΔW = s · (w1_a @ w1_b) * (w2_a @ w2_b)      r = rows of w1_b
     LoKr   ΔW = s · w1 ⊗ w2                            w1, w2 whole or a product; s = 1 when both are whole
 
-Without an alpha, s is 1. Convolutions: down is (r, in, *kernel), up (out, r, 1, …). Everything but `delta` looks at
-shapes only, so it works on the meta device, for files of which only the header was read.
+Without an alpha, or with one of 0, alpha counts as r. Convolutions: down is (r, in, *kernel), up (out, r, 1, …).
+Everything but `delta` looks at shapes only, so it works on the meta device: for files of which only headers were read.
 
 Shapes: r rank, (out, in) the base weight, (l, m) and (k, n) LoKr's factors with out = l·k, in = m·n.
 """
@@ -49,13 +49,13 @@ class Factors:
     """The tensors of one module.
 
     Raises:
-        FactorError: one is missing, of another kind, or of a shape that does not fit the others.
+        FactorError: one is missing, empty, of another kind or type, or of a shape that does not fit the others.
     """
 
     tensors: Mapping[str, Tensor]
     """By their native names (`PARTS`), of any floating-point type."""
     alpha: Tensor | None = None
-    """One number as the file has it; None counts as the rank."""
+    """One number as the file has it; None and 0 count as the rank."""
     rows: tuple[int, int] | None = None
     """Only these rows of the delta, start and stop; LoKr's only, the other kinds' factors are sliced themselves."""
 
@@ -65,9 +65,11 @@ class Factors:
         kinds = {KIND_OF_PART[part]: part for part in self.tensors}
         if len(kinds) > 1:
             raise FactorError(list(kinds.values())[-1], f"factors of {' and '.join(kinds)}", "one kind")
+        for part, tensor in self.tensors.items():
+            _check_tensor(part, tensor)
         _CHECKS[self.kind](self)
-        if self.alpha is not None and self.alpha.numel() != 1:
-            raise FactorError(ALPHA, f"shape {tuple(self.alpha.shape)}", "a single number")
+        if self.alpha is not None:
+            _check_alpha(self.alpha)
 
     @cached_property
     def kind(self) -> str:
@@ -83,7 +85,12 @@ class Factors:
     @property
     def scale(self) -> float:
         """alpha / r."""
-        return 1.0 if self.alpha is None or self.rank is None else float(self.alpha) / self.rank
+        return 1.0 if self.alpha is None or self.rank is None else (float(self.alpha) or self.rank) / self.rank
+
+    @property
+    def has_zero_alpha(self) -> bool:
+        """Whether there is an alpha of 0 where it counts as the rank, for reports."""
+        return self.alpha is not None and self.rank is not None and float(self.alpha) == 0
 
     @property
     def delta_shape(self) -> tuple[int, ...]:
@@ -102,6 +109,19 @@ class Factors:
         if len(own) == 2:
             return own == (base[0], math.prod(base[1:]))
         return _without_ones(own) == _without_ones(base)
+
+    def misfit(self, shape: Sequence[int]) -> str:
+        """The factor to blame where the delta does not fit: rows and columns come from different ones."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        are_rows = self.delta_shape[0] != rows
+        if self.kind == "lora":
+            return UP if are_rows else DOWN
+        if self.kind == "loha":
+            return "hada_w1_a" if are_rows else "hada_w1_b"
+        first_rows, first_columns = self._product_shape("lokr_w1")
+        does_divide = rows % first_rows == 0 if are_rows else columns % first_columns == 0
+        name = "lokr_w2" if does_divide else "lokr_w1"
+        return name if name in self.tensors else f"{name}_{'a' if are_rows else 'b'}"
 
     def delta(self, shape: Sequence[int] | None = None) -> Tensor:
         """ΔW in float32, scale included, on the factors' device.
@@ -168,6 +188,12 @@ def as_tensors(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
     return tensors
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor an infinite number."""
+    # torch has no such test for float8.
+    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())
+
+
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(out, in, kernel) with trailing kernel dimensions of 1 taken off."""
     while len(shape) > 2 and shape[-1] == 1:
@@ -185,6 +211,24 @@ def _loha_delta(factors: Factors) -> Tensor:
 
 def _lokr_delta(factors: Factors) -> Tensor:
     return torch.kron(factors._product("lokr_w1"), factors._product("lokr_w2"))
+
+
+def _check_tensor(part: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise FactorError(part, f"type {_name(tensor.dtype)}", "floating-point numbers")
+    if tensor.numel() == 0:
+        raise FactorError(part, f"shape {tuple(tensor.shape)}", "a rank and sizes of at least 1")
+
+
+def _check_alpha(alpha: Tensor) -> None:
+    if alpha.numel() != 1:
+        raise FactorError(ALPHA, f"shape {tuple(alpha.shape)}", "a single number")
+    if alpha.dtype == torch.bool or alpha.is_complex():
+        raise FactorError(ALPHA, f"type {_name(alpha.dtype)}", "a real number")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_lora(factors: Factors) -> None:

@@ -21,11 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from networks import peft_config, scale_folding
-from networks.deltas import DOWN, UP, Factors
+from networks.deltas import ALPHA, DOWN, UP, Factors, is_finite
 from networks.lora_formats import LoraFile, read_lora
-from networks.lora_keys import ALPHA
 from networks.lora_matching import select
-from networks.lora_metadata import check_output, write_lora
+from networks.lora_metadata import check_output, save_lora
 from options.errors import UserError
 from options.lora import LoraChoice
 
@@ -72,7 +71,7 @@ def combine_files(
         flag: the one that named `output`, for messages.
 
     Raises:
-        UserError: as `read_lora`, `select` and `combine`, or the file cannot be written there.
+        UserError: as `read_lora`, `select` and `combine`, or the file cannot be written.
     """
     check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
     loras = []
@@ -83,7 +82,7 @@ def combine_files(
         _report(lora, choice.multiplier)
         loras.append((lora, choice.multiplier))
     tensors, metadata = combine(loras, rank=rank, dtype=dtype, device=device)
-    write_lora(output, tensors, metadata)
+    save_lora(output, tensors, metadata, flag=flag)
     ranks = sorted({tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN)})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     logger.info("%s: %d modules of %s", output, len(tensors) // 3, spread)
@@ -157,31 +156,43 @@ def _combined(
     if all(factors.kind == "lora" for factors, _ in parts):
         if rank is None or sum(factors.rank for factors, _ in parts) <= rank:
             return _in_shape(*_side_by_side(parts), shape)
-    return reduce_rank(parts, shape, rank, device)
+    try:
+        return reduce_rank(parts, shape, rank, device)
+    except OverflowError as error:
+        expected, remedy = "sums that float32 can hold", "give smaller multipliers"
+        raise UserError("--lora_multiplier", f"infinite sums for {name}", expected, remedy) from error
 
 
 def _check_module(lora: LoraFile, name: str, shape: tuple[int, ...], rank: int | None) -> None:
-    factors, key = lora.modules[name], lora.sources[name]
+    factors = lora.modules[name]
     if not factors.fits(shape):
-        got = f"{key} for a weight of shape {factors.delta_shape}"
+        got = f"{lora.key_of(name, factors.misfit(shape))} for a weight of shape {factors.delta_shape}"
         raise UserError(lora.where, got, f"{shape}, as in the others", "combine LoRAs of one model only")
     if rank is None and factors.kind != "lora":
         remedy = "give --rank: the closest LoRA of that rank is made"
-        raise UserError(lora.where, f"{key}, a {factors.kind}", "LoRA only, whose ranks add up", remedy)
-    if not all(tensor.float().isfinite().all() for tensor in factors.tensors.values()):
-        remedy = "the file is damaged, or its training failed"
-        raise UserError(lora.where, f"{key} with infinite numbers or NaN", "finite numbers", remedy)
+        raise UserError(lora.where, f"{lora.key_of(name)}, a {factors.kind}", "LoRA only, whose ranks add up", remedy)
 
 
 def reduce_rank(parts: Sequence[Part], shape: tuple[int, ...], rank: int, device: torch.device | str) -> Combined:
-    """The LoRA of at most this rank that is closest to the sum, by singular values in float64."""
+    """The LoRA of at most this rank that is closest to the sum, by singular values in float64.
+
+    Raises:
+        OverflowError: the sum is beyond the numbers of float32.
+    """
     parts = [(factors.to(device), multiplier) for factors, multiplier in parts]
     smaller = min(shape[0], torch.Size(shape[1:]).numel())
     if sum(_thin_rank(factors) for factors, _ in parts) < smaller:
-        up, down, error = _cut_product(*_side_by_side(parts), rank)
+        up, down, error = _cut_product(*map(_finite, _side_by_side(parts)), rank)
     else:
-        up, down, error = _cut_whole(sum(m * factors.delta(shape).flatten(1) for factors, m in parts), rank)
+        whole = sum(m * factors.delta(shape).flatten(1) for factors, m in parts)
+        up, down, error = _cut_whole(_finite(whole), rank)
     return _in_shape(up.cpu(), down.cpu(), shape, error)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    if not is_finite(tensor):
+        raise OverflowError
+    return tensor
 
 
 def _in_shape(up: Tensor, down: Tensor, shape: tuple[int, ...], error: float = 0.0) -> Combined:

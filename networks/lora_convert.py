@@ -18,10 +18,11 @@ from torch import Tensor
 from networks import peft_config, scale_folding
 from networks.deltas import ALPHA, DOWN, UP, Factors, as_tensors
 from networks.lora_formats import LoraFile, read_lora
-from networks.lora_metadata import check_output, write_lora
+from networks.lora_keys import DOTTED_PREFIXES
+from networks.lora_metadata import check_output, save_lora
 from networks.peft_config import DIFFUSERS_PREFIX, write_config
 from networks.scale_folding import fold
-from options.errors import UserError
+from options.errors import UserError, did_you_mean
 from options.flags_convert_lora import ConvertLoraFlags
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _without_alphas(modules: Mapping[str, Factors], lora: LoraFile) -> tuple[dic
 def _check_whole(lora: LoraFile) -> None:
     """Raises UserError for rows of a LoKr: they are no Kronecker product themselves."""
     if (name := next((name for name, factors in lora.modules.items() if factors.rows), None)) is not None:
-        got = f"{lora.sources[name]}, a LoKr of a fused layer whose rows for {lora.dotted[name]} have no factors"
+        got = f"{lora.key_of(name)}, a LoKr of a fused layer whose rows for {lora.dotted[name]} have no factors"
         remedy = "use the file as it is with --lora_weight, or merge it into the model"
         raise UserError(lora.where, got, "a LoKr that can be split", remedy)
 
@@ -108,17 +109,37 @@ def convert_file(flags: ConvertLoraFlags) -> None:
     """What `convert_lora.py` does.
 
     Raises:
-        UserError: as `read_lora`, `to_native` and `to_other`, or the output cannot be written there.
+        UserError: as `read_lora`, `to_native` and `to_other`; a prefix that no file of this suite could be read back
+            with; or the output cannot be written.
     """
     check_output(flags.output, flag="--output", inputs=(flags.input,), input_flag="--input")
+    prefix = COMFYUI_PREFIX if flags.diffusers_prefix is None else flags.diffusers_prefix.rstrip(".")
     if flags.diffusers_prefix is not None and flags.target == "default":
         logger.warning("--diffusers_prefix has no effect with --target default")
+    elif flags.target == "other":
+        _check_prefix(prefix)
     lora = read_lora(flags.input, flag="--input")
     if lora.leftover:
         logger.warning("not converted: %d tensors, %s first", len(lora.leftover), lora.leftover[0])
-    prefix = COMFYUI_PREFIX if flags.diffusers_prefix is None else flags.diffusers_prefix.rstrip(".")
     tensors, metadata = to_native(lora) if flags.target == "default" else to_other(lora, prefix)
-    # Cloned, because modules that came of one fused module share memory, which the format refuses.
-    write_lora(flags.output, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
+    save_lora(flags.output, _without_shared(tensors), metadata, flag="--output")
     count, target = len(lora.modules), "native" if flags.target == "default" else f"{prefix or 'no'} prefix"
     logger.info("%s: %d %s modules, from %s to %s", flags.output, count, lora.kind, lora.format, target)
+
+
+def _check_prefix(prefix: str) -> None:
+    known = [known.rstrip(".") for known in DOTTED_PREFIXES]
+    if prefix and prefix not in known:
+        expected, remedy = f"one of {', '.join(known)}, or an empty one", "files behind others could not be read back"
+        raise UserError("--diffusers_prefix", prefix, expected, did_you_mean(prefix, known, remedy))
+
+
+def _without_shared(tensors: Tensors) -> Tensors:
+    """With a copy of what has the memory of another one, which the format refuses: parts of one fused module do."""
+    unshared: Tensors = {}
+    seen = set()
+    for key, tensor in tensors.items():
+        place = tensor.data_ptr()
+        unshared[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return unshared

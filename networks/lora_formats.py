@@ -6,6 +6,7 @@ A file is taken apart key by key (`lora_keys`), its module names are looked up i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from common.checkpoint_kinds import LORA, expect_kind
+from common.files import existing_file
 from common.weights import TORCH_DTYPES, Checkpoint, open_checkpoint
-from networks.deltas import ALPHA, FactorError, Factors
+from networks.deltas import ALPHA, FactorError, Factors, is_finite
 from networks.framepack_names import FRAMEPACK_NAMES
 from networks.lora_keys import (
     Key,
@@ -29,11 +31,15 @@ from networks.lora_keys import (
 )
 from networks.lora_metadata import read_metadata
 from networks.module_names import NameTable, flat_name, native_name
-from networks.peft_config import Config, alpha_of, read_config
+from networks.peft_config import PEFT_FILE, Config, adapter_file, alpha_of, read_config
 from networks.scale_folding import unfold
 from options.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 TABLES = (FRAMEPACK_NAMES,)
+Sources = dict[str, str]
+"""Part of a module -> the key in the file that it came from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,7 @@ class LoraFile:
     flag: str
     """The flag that named it, for messages."""
     path: Path
+    """The file itself, where a folder was given."""
     format: str
     """In whose spelling it came, for people to read."""
     table: NameTable
@@ -51,8 +58,8 @@ class LoraFile:
     """By native module name, `lora_unet_transformer_blocks_0_attn_to_q`."""
     dotted: Mapping[str, str]
     """Native name -> dotted name, `transformer_blocks.0.attn.to_q`; also of modules that `only` has left out."""
-    sources: Mapping[str, str]
-    """Native name -> the first key in the file that the module was made of; as `dotted`."""
+    sources: Mapping[str, Sources]
+    """Native name -> the keys in the file that the module was made of; as `dotted`."""
     leftover: tuple[str, ...]
     """Keys that are not used: text encoders, modules and tensors that no table knows."""
     metadata: Mapping[str, str]
@@ -67,6 +74,10 @@ class LoraFile:
         """`lora`, `loha`, `lokr`, or several of them with a plus."""
         return "+".join(sorted({factors.kind for factors in self.modules.values()}))
 
+    def key_of(self, name: str, part: str | None = None) -> str:
+        """The key in the file of a part of the module `name`; of its first factor when there is no such part."""
+        return _key_of(self.sources[name], part)
+
     def only(self, names: Iterable[str]) -> LoraFile:
         """The same with these modules."""
         names = list(names)
@@ -77,12 +88,15 @@ def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> Lora
     """Reads a LoRA, LoHa or LoKr of any known format.
 
     Args:
+        path: the file, or a folder that PEFT has written.
         shapes_only: leaves all tensors on the meta device; for checking a file before the model is loaded.
 
     Raises:
-        UserError: no such file, a truncated one, no LoRA, another architecture's, factors that are missing or do not
-            fit, or tensors that change the result in a way that is not supported; the first offending key is named.
+        UserError: no such file, a truncated one, no LoRA, another architecture's, factors that are missing, do not
+            fit or hold NaN, or tensors that change the result in a way that is not supported; the first offending key
+            is named.
     """
+    path = _file_of(path, flag)
     # No memory map: on Windows it would lock the file for as long as the LoRA is in use.
     checkpoint = open_checkpoint(path, flag=flag, memmap=False)
     where = f"{flag} {path}"
@@ -99,9 +113,9 @@ def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> Lora
     modules, sources = _split_all(whole, known, meaning, where)
     if not shapes_only:
         modules = unfold(modules, metadata)
-    return LoraFile(
+    lora = LoraFile(
         flag=flag,
-        path=Path(path),
+        path=path,
         format=_format(known, meaning),
         table=table,
         modules={native_name(name): factors for name, factors in modules.items()},
@@ -110,6 +124,30 @@ def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> Lora
         leftover=(*leftover, *unknown),
         metadata=metadata,
     )
+    if not shapes_only:
+        _check_numbers(lora)
+    return lora
+
+
+def _file_of(path: str | Path, flag: str) -> Path:
+    """Of a folder, PEFT's file only: it may hold the LoRAs of every epoch, and none is meant more than the others."""
+    expected = f"a LoRA file, or a folder with {PEFT_FILE}"
+    if not str(path):
+        raise UserError(flag, "an empty name", expected, "give the file")
+    return existing_file(adapter_file(path), flag=flag, expected=expected)
+
+
+def _check_numbers(lora: LoraFile) -> None:
+    """Logs alphas that do not mean what they say; raises UserError for numbers that would spoil a model."""
+    for name, factors in lora.modules.items():
+        alpha = {} if factors.alpha is None else {ALPHA: factors.alpha}
+        for part, tensor in (factors.tensors | alpha).items():
+            if not is_finite(tensor):
+                got = f"{lora.key_of(name, part)} with infinite numbers or NaN"
+                raise UserError(lora.where, got, "finite numbers", "the file is damaged, or its training failed")
+    if zero := [name for name, factors in lora.modules.items() if factors.has_zero_alpha]:
+        key = lora.key_of(zero[0], ALPHA)
+        logger.info("%s: an alpha of 0 counts as the rank in %d modules, %s first", lora.path.name, len(zero), key)
 
 
 def _sort_keys(checkpoint: Checkpoint, where: str) -> tuple[dict[str, dict[str, Key]], list[str]]:
@@ -190,7 +228,7 @@ def _factors(
     """One module as it is in the file, fused or not. Its own alpha comes before the configuration's."""
     parts = {part: tensors[key.text] for part, key in keys.items()}
     alpha = parts.pop(ALPHA, None)
-    first = _first_key(keys)
+    first = _key_of({part: key.text for part, key in keys.items()})
     try:
         factors = Factors(tensors=parts, alpha=alpha)
         *_, name = without_prefixes(module)
@@ -207,9 +245,9 @@ def _factors(
     return factors
 
 
-def _first_key(keys: Mapping[str, Key]) -> str:
-    """Of the factors."""
-    return next(key.text for part, key in keys.items() if part != ALPHA)
+def _key_of(sources: Sources, part: str | None = None) -> str:
+    """See `LoraFile.key_of`."""
+    return sources.get(part) or next(key for factor, key in sources.items() if factor != ALPHA)
 
 
 def _split_all(
@@ -217,8 +255,8 @@ def _split_all(
     keys: Mapping[str, Mapping[str, Key]],
     meaning: Mapping[str, tuple[str, ...]],
     where: str,
-) -> tuple[dict[str, Factors], dict[str, str]]:
-    """The factors of the model's modules and the first keys that they come from, both by dotted name.
+) -> tuple[dict[str, Factors], dict[str, Sources]]:
+    """The factors of the model's modules and the keys that they come from, both by dotted name.
 
     Args:
         whole, keys, meaning: by module as in the file.
@@ -227,18 +265,18 @@ def _split_all(
         UserError: as `_split`, or two modules of the file mean the same one.
     """
     modules: dict[str, Factors] = {}
-    sources: dict[str, str] = {}
+    sources: dict[str, Sources] = {}
     for module, factors in whole.items():
-        first, names = _first_key(keys[module]), meaning[module]
-        for part, name in zip(_split(factors, names, first, where), names, strict=True):
+        own, names = {part: key.text for part, key in keys[module].items()}, meaning[module]
+        for part, name in zip(_split(factors, names, own, where), names, strict=True):
             if name in modules:
-                got, expected = f"{first} and {sources[name]}", f"one source for {name}"
+                got, expected = f"{_key_of(own)} and {_key_of(sources[name])}", f"one source for {name}"
                 raise UserError(where, got, expected, "the file holds two LoRAs: convert them one by one")
-            modules[name], sources[name] = part, first
+            modules[name], sources[name] = part, own
     return modules, sources
 
 
-def _split(factors: Factors, names: tuple[str, ...], key: str, where: str) -> list[Factors]:
+def _split(factors: Factors, names: tuple[str, ...], sources: Sources, where: str) -> list[Factors]:
     """The factors of each module that one fuses: query, key and value are as wide as the input, the rest is the MLP's.
 
     Raises:
@@ -251,7 +289,7 @@ def _split(factors: Factors, names: tuple[str, ...], key: str, where: str) -> li
     ends = [width * (i + 1) for i in range(num_square)] + [rows] * (len(names) - num_square)
     if rows != ends[-1] or ends != sorted(set(ends)):
         expected = f"{num_square} times its input width {width}" + (" and the MLP's width" if len(names) > 3 else "")
-        got = f"{key} for {rows} rows"
+        got = f"{_key_of(sources, factors.misfit((0, width)))} for {rows} rows"
         raise UserError(where, got, expected, "the file is damaged or another model's")
     return [factors.slice_rows(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 

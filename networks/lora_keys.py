@@ -22,11 +22,12 @@ DOTTED_PREFIXES = {
     "model.diffusion_model.": "ComfyUI",
     "diffusion_model.": "ComfyUI",
     "transformer.": "diffusers",
+    "unet.": "diffusers",
     "module.": "dotted",
     "model.": "dotted",
 }
 TEXT_ENCODERS = re.compile(r"(lora_te|lycoris_te|text_encoder|text_model|clip_|te\d?[._]|t5)")
-ADAPTER = r"(?:\.[^.]+)?(?:\.weight)?"
+ADAPTER = r"(?:\.(?!(?:alpha|bias)$)[^.]+)?(?:\.weight)?"
 """What PEFT may put behind a factor's name: the adapter's name (`default`), `weight`, or both."""
 PARTS = tuple(
     (re.compile(rf"(.+?){ending}"), part)
@@ -48,6 +49,8 @@ CHANGES_THE_RESULT = (
     (re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"), "DoRA"),
     (re.compile(r"\.(lora_mid|hada_t[12]|lokr_t2)\b"), "a Tucker decomposition"),
     (re.compile(r"\.lora_(A|B|up|down)(\.[^.]+)?\.bias$"), "a bias"),
+    (re.compile(r"\.(diff|diff_b|set_weight|w_norm|b_norm)$"), "a whole weight or bias"),
+    (re.compile(r"\.reshape_weight$"), "a weight of another shape"),
 )
 """Tensors without which the others would give something else than what was trained."""
 FOREIGN = (

@@ -71,7 +71,7 @@ def _compiled(pattern: str, flag: str) -> re.Pattern[str]:
 
 
 def _occurs(pattern: re.Pattern[str], lora: LoraFile, name: str) -> bool:
-    return any(pattern.search(text) for text in (lora.dotted[name], name, lora.sources[name]))
+    return any(pattern.search(text) for text in (lora.dotted[name], name, lora.key_of(name)))
 
 
 def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> Matched:
@@ -88,11 +88,13 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> Matched:
         if name := _module_of(weight, lora):
             factors[weight] = lora.modules[name]
             if not factors[weight].fits(shape):
-                got = f"{lora.sources[name]} for a weight of shape {factors[weight].delta_shape}"
+                key = lora.key_of(name, factors[weight].misfit(shape))
+                got = f"{key} for a weight of shape {factors[weight].delta_shape}"
                 expected = f"{tuple(shape)}, as {weight} has"
                 raise UserError(lora.where, got, expected, "the LoRA was trained on a model of another size")
     if not factors:
-        got = f"{len(lora.modules)} {lora.table.architecture} modules, {next(iter(lora.sources.values()))} first"
+        first = lora.key_of(next(iter(lora.sources)))
+        got = f"{len(lora.modules)} {lora.table.architecture} modules, {first} first"
         expected = f"modules that the model has ({len(weights)} tensors, {next(iter(weights), 'none')} first)"
         raise UserError(lora.where, got, expected, "LoRAs only work with the model that they were trained on")
     found = {_module_of(weight, lora) for weight in factors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from common.weights import Checkpoint
 from networks.deltas import Factors
 from networks.lora_formats import read_lora
 from networks.lora_matching import Matched, match, select
+from networks.lora_metadata import check_output
 from options.errors import UserError
 from options.lora import LoraChoice
 
@@ -50,15 +52,22 @@ class LoraMerge:
 
         def change(name: str, weight: Tensor) -> Tensor:
             own = [(multiplier, factors[name]) for multiplier, factors in loras if name in factors]
-            return _merged(weight, own, device) if own else weight
+            merged = _merged(weight, own, device) if own else weight
+            if merged is None:
+                got, expected = f"{name} with infinite numbers once merged", "finite weights"
+                raise UserError(self.flag, got, expected, "use smaller multipliers, or another LoRA")
+            return merged
 
         yield change
 
 
-def _merged(weight: Tensor, loras: Sequence[tuple[float, Factors]], device: torch.device | str) -> Tensor:
+def _merged(weight: Tensor, loras: Sequence[tuple[float, Factors]], device: torch.device | str) -> Tensor | None:
+    """None when the sum is beyond the numbers of float32."""
     total = weight.to(device, torch.float32, copy=True)
     for multiplier, factors in loras:
         total += multiplier * factors.to(device).delta(weight.shape)
+    if not bool(total.isfinite().all()):
+        return None
     # Beyond its largest number, casting to float8 gives NaN.
     return total if weight.dtype.itemsize > 1 else total.clamp_(*_range(weight.dtype))
 
@@ -85,10 +94,11 @@ def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint, *, flag: s
     return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {}, flag=flag)
 
 
-def report(matched: Matched, multiplier: float) -> None:
+def report(matched: Matched, multiplier: float | None = None) -> None:
     """One line in the log; a warning when something in the file is left over."""
     is_partial = matched.unmatched or matched.lora.leftover
-    logger.log(logging.WARNING if is_partial else logging.INFO, "%s; multiplier %g", matched.summary(), multiplier)
+    strength = "" if multiplier is None else f"; multiplier {multiplier:g}"
+    logger.log(logging.WARNING if is_partial else logging.INFO, "%s%s", matched.summary(), strength)
 
 
 def _matched(
@@ -125,11 +135,20 @@ def merge_into_file(
     if not choices:
         raise UserError(flag, output, "LoRAs to merge", f"give {FLAG}")
     check_output_file(output, checkpoint.num_bytes, flag=flag)
-    if any(Path(output).resolve() == file.resolve() for file in checkpoint.files):
-        raise UserError(flag, output, "another file than the model's own", "give another name")
+    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
+    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
     merge = plan_merge(choices, checkpoint)
+    if any(info.num_bytes == math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) > 1):
+        logger.warning(
+            "%s holds 8-bit weights: sums rounded to 8 bits keep little of a LoRA; merge into the 16-bit model instead",
+            checkpoint.path,
+        )
     made_of = [{"name": Path(choice.path).name, "multiplier": choice.multiplier} for choice in choices]
     metadata = {"format": "pt", METADATA_KEY: json.dumps(made_of, ensure_ascii=False)}
-    with merge.reading(device) as change:
-        write_checkpoint(output, checkpoint, change=change, metadata=metadata)
+    try:
+        with merge.reading(device) as change:
+            write_checkpoint(output, checkpoint, change=change, metadata=metadata)
+    except OSError as error:
+        remedy = "make room, or give another folder; nothing is left behind"
+        raise UserError(flag, f"{error.strerror or error} at {output}", "a place to write to", remedy) from error
     logger.info("saved %s", output)

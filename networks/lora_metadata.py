@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 from common.checkpoint_writer import check_output_file
 from common.files import atomic_file, sort_safetensors_metadata
 from common.weights import PICKLE_SUFFIXES, Checkpoint
+from networks.peft_config import adapter_file
 from options.errors import UserError
 
 MINIMAL_KEYS = ("base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
@@ -72,24 +74,57 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
     Both look at a file of the tensors with only the `ss_` metadata, so that a new title does not change them.
     """
+    names, header = _header(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    whole, legacy = hashlib.sha256(), hashlib.sha256(header[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES])
+    position = len(header)
+    for name in names:
+        content = _bytes(tensors[name])
+        whole.update(content)
+        start = max(0, LEGACY_OFFSET - position)
+        legacy.update(content[start : max(start, LEGACY_OFFSET + LEGACY_BYTES - position)])
+        position += len(content)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """(the names in the order of their bytes in a file, what stands before these)."""
     from safetensors.torch import save
 
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    content = save(dict(tensors), training)
-    (header_bytes,) = struct.unpack("<Q", content[:8])
-    view = memoryview(content)
-    legacy = hashlib.sha256(view[LEGACY_OFFSET : LEGACY_OFFSET + LEGACY_BYTES]).hexdigest()[:8]
-    return {"sshs_model_hash": hashlib.sha256(view[8 + header_bytes :]).hexdigest(), "sshs_legacy_hash": legacy}
+    # The library's own order and spellings, from a file of the same names without content.
+    content = save({name: tensor.new_empty(0, device="cpu") for name, tensor in tensors.items()}, dict(metadata))
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return names, struct.pack("<Q", len(text)) + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """Of the first file; a pickle has none."""
-    from safetensors import safe_open
+    """Of the first file; a pickle has none.
 
+    Raises:
+        UserError: it is something else than texts by name.
+    """
     if checkpoint.files[0].suffix.lower() in PICKLE_SUFFIXES:
         return {}
-    with safe_open(os.fspath(checkpoint.files[0]), framework="np") as file:
-        return file.metadata() or {}
+    with checkpoint.files[0].open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        metadata = json.loads(stream.read(length)).get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        where = f"{checkpoint.flag} {checkpoint.path}"
+        raise UserError(where, "metadata of another kind", "texts by name", "the file is damaged: download it again")
+    return metadata
 
 
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -106,12 +141,34 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         sort_safetensors_metadata(temporary)
 
 
+def save_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, flag: str) -> None:
+    """`write_lora` for the output of a script.
+
+    Args:
+        flag: the one that named `path`, for messages.
+
+    Raises:
+        UserError: the system does not let it be written; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        write_lora(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:  # the library's own covers what its writer meets, a full disk too
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(flag, f"{path}, {reason}", "a place to write to", "make room, or give another name") from error
+
+
 def check_output(path: str | Path, *, flag: str, inputs: Iterable[str | Path], input_flag: str) -> None:
     """Makes sure, before anything is read, that a file can be written to `path` and that it is none of the inputs.
+
+    Args:
+        inputs: as `adapter_file` takes them.
 
     Raises:
         UserError: another suffix than .safetensors, a folder, an input, or a place that cannot be written to.
     """
     check_output_file(path, 0, flag=flag)
-    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+    files = [adapter_file(file) for file in inputs]
+    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in files):
         raise UserError(flag, path, f"another file than {input_flag}", "give another name")

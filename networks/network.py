@@ -107,6 +107,7 @@ class Network(nn.Module):
 
     def remove(self) -> None:
         """Leaves the transformer as it was before `apply_to`; does nothing when not applied."""
+        # An interrupt in here or in `apply_to` may leave a part: what is not attached is passed over.
         for layer, adapter in self._adapted:
             detach(layer, adapter)
         self._adapted = []

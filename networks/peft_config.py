@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +25,12 @@ DIFFUSERS_PREFIX = "transformer"
 Config = Mapping[str, object]
 
 
+def adapter_file(path: str | Path) -> str | Path:
+    """The file that `path` means: PEFT's own in a folder that holds one, else `path`."""
+    file = os.path.join(path, PEFT_FILE)
+    return file if os.path.isfile(file) else path
+
+
 def read_config(metadata: Mapping[str, str], file: Path) -> Config:
     """The transformer's configuration from the metadata, or beside PEFT's own file; empty when there is none.
 
@@ -32,7 +39,8 @@ def read_config(metadata: Mapping[str, str], file: Path) -> Config:
     """
     text, where, beside = metadata.get(METADATA_KEY), f"{file}, {METADATA_KEY}", file.with_name(PEFT_CONFIG_FILE)
     if text is None and file.name == PEFT_FILE and beside.is_file():
-        text, where = beside.read_text(encoding="utf-8"), str(beside)
+        # As bytes: some editors on Windows save UTF-16, or a mark in front, and json tells them apart.
+        text, where = beside.read_bytes(), str(beside)
     try:
         entries = json.loads(text or "{}")
     except ValueError as error:
@@ -50,12 +58,16 @@ def alpha_of(config: Config, module: str, factors: Factors) -> float | None:
         module: dotted, without prefix.
 
     Raises:
-        ValueError: a LoKr of whole factors that PEFT would scale, or values that cannot be computed with.
+        ValueError: a LoKr of whole factors that PEFT would scale, or values that cannot be computed with. An alpha of
+            0 is one of them: PEFT switches the module off, a file's own means the rank.
     """
     try:
-        return _alpha_of(config, module, factors)
+        alpha = _alpha_of(config, module, factors)
     except (TypeError, AttributeError, ArithmeticError, re.error) as error:
         raise ValueError(f"a damaged configuration ({error})") from error
+    if alpha is not None and (alpha == 0 or not math.isfinite(alpha)):
+        raise ValueError(f"an alpha of {alpha:g} in its configuration")
+    return alpha
 
 
 def _alpha_of(config: Config, module: str, factors: Factors) -> float | None:

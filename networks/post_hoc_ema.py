@@ -13,7 +13,7 @@ import glob
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from common.files import existing_file
 from common.weights import Checkpoint, open_checkpoint
-from networks.lora_keys import ALPHA
-from networks.lora_metadata import check_output, read_metadata, write_lora
+from networks.deltas import ALPHA, is_finite
+from networks.lora_metadata import check_output, read_metadata, save_lora
 from networks.peft_config import METADATA_KEY as PEFT_METADATA_KEY
 from networks.peft_config import PEFT_CONFIG_FILE, PEFT_FILE
 from networks.scale_folding import METADATA_KEY as FOLDED_METADATA_KEY
@@ -32,6 +32,8 @@ from options.flags_post_hoc_ema import PostHocEmaFlags
 
 logger = logging.getLogger(__name__)
 
+MIN_SIGMA_REL = 0.001
+"""Where of a thousand files the last one alone has nearly two thirds: less means that file."""
 MAX_SIGMA_REL = 12**-0.5
 """That of gamma = 0, where all files but the first weigh the same."""
 FLAG = "path"
@@ -41,10 +43,10 @@ def gamma_of(sigma_rel: float) -> float:
     """The gamma of a power function EMA of this relative width: sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)).
 
     Raises:
-        UserError: not above 0, or wider than any average can be.
+        UserError: so narrow that it would be the last file, or wider than any average can be.
     """
-    if not 0 < sigma_rel <= MAX_SIGMA_REL:
-        expected = "a number above 0 up to 0.2886 (1/sqrt(12))"
+    if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
+        expected = f"a number from {MIN_SIGMA_REL} to 0.2886 (1/sqrt(12))"
         raise UserError("--sigma_rel", sigma_rel, expected, "0.05 to 0.28 are usual; smaller means later files only")
     s = sigma_rel**-2
     roots = np.roots([1, 7, 16 - s, 12 - s])
@@ -79,7 +81,7 @@ def average_files(flags: PostHocEmaFlags) -> None:
 
     Raises:
         UserError: fewer than two files, one that cannot be read, files that do not fit together (the file and the
-            first offending key are named), a beta or sigma_rel out of range, or the output cannot be written there.
+            first offending key are named), a beta or sigma_rel out of range, or the output cannot be written.
     """
     files = [file for path in flags.path for file in _expanded(path)]
     check_output(flags.output_file, flag="--output_file", inputs=files, input_flag="the files to average")
@@ -97,7 +99,7 @@ def average_files(flags: PostHocEmaFlags) -> None:
         _check_scales_alike(checkpoint, own_metadata, metadata[0])
     for file, weight in zip(files, file_weights(betas), strict=True):
         logger.info("%7.3f %% of %s", 100 * weight, file)
-    write_lora(flags.output_file, average(checkpoints, betas), metadata[-1])
+    save_lora(flags.output_file, average(checkpoints, betas), metadata[-1], flag="--output_file")
     logger.info("%s: the average of %d files", flags.output_file, len(files))
 
 
@@ -118,20 +120,29 @@ def average(checkpoints: Sequence[Checkpoint], betas: Sequence[float]) -> dict[s
         betas: for all but the first.
 
     Raises:
-        UserError: alphas that differ.
+        UserError: alphas that differ, infinite numbers or NaN.
     """
-    first = dict(checkpoints[0].read())
+    first = dict(_read_finite(checkpoints[0]))
     state = {key: tensor.float() for key, tensor in first.items() if _is_averaged(key, tensor)}
     dtypes = {key: first[key].dtype for key in state}
     fixed = {key: tensor for key, tensor in first.items() if key not in state}
     del first
     for checkpoint, beta in zip(checkpoints[1:], betas, strict=True):
-        for key, tensor in checkpoint.read():
+        for key, tensor in _read_finite(checkpoint):
             if key in state:
                 state[key].mul_(beta).add_(tensor.float(), alpha=1 - beta)
             elif _is_alpha(key):
                 _check_alpha(checkpoint, key, tensor, fixed[key])
     return fixed | {key: tensor.to(dtypes[key]) for key, tensor in state.items()}
+
+
+def _read_finite(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """As `Checkpoint.read`; raises UserError for numbers that would spoil the average."""
+    for key, tensor in checkpoint.read():
+        if not is_finite(tensor):
+            remedy = "the file is damaged, or its training failed: leave it out"
+            raise _refusal(checkpoint, f"{key} with infinite numbers or NaN", "finite numbers", remedy)
+        yield key, tensor
 
 
 def _is_averaged(key: str, tensor: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,35 +48,40 @@ class PromptLoras:
             shapes = self._checkpoint.shapes
             matched = match(read_lora(lora.path, flag=FLAG, shapes_only=True), shapes)
             check_can_be_applied(matched, shapes)
-            report(matched, lora.multiplier)
+            report(matched)
             self._checked.add(key)
 
     @contextmanager
     def on(self, transformer: nn.Module, loras: Sequence[PromptLora]) -> Iterator[None]:
         """`transformer` with these LoRAs, in its own type and on its device."""
-        keys = [_key(lora.path) for lora in loras]
-        self._networks = {key: network for key, network in self._networks.items() if key in keys}
-        applied = []
+        strengths: dict[FileKey, float] = defaultdict(float)
+        for lora in loras:
+            strengths[_key(lora.path)] += lora.multiplier
+        self._networks = {key: network for key, network in self._networks.items() if key in strengths}
+        applied: list[Network] = []
         try:
-            for key, lora in zip(keys, loras, strict=True):
-                if lora.multiplier == 0:
+            for key, strength in strengths.items():
+                if strength == 0:
                     continue
-                if key not in self._networks:
-                    self._networks[key] = network_for(transformer, read_lora(lora.path, flag=FLAG))
-                network = self._networks[key]
-                if network in applied:
-                    network.multiplier += lora.multiplier
-                    continue
-                # Float32 factors would make every layer compute in float32; merged weights are rounded too.
-                network.to(transformer.device, transformer.dtype)
-                network.multiplier = lora.multiplier
+                network = self._open(key, transformer)
+                network.multiplier = strength
+                applied.append(network)  # before it is: an interrupt while it is applied leaves nothing behind
                 network.apply_to(transformer)
-                applied.append(network)
             yield
         finally:
             for network in applied:
                 network.remove()
-                network.to("cpu")
+
+    def _open(self, key: FileKey, transformer: nn.Module) -> Network:
+        if key not in self._networks:
+            self._networks[key] = network_for(transformer, read_lora(key[0], flag=FLAG))
+        # Float32 factors would make every layer compute in float32; merged weights are rounded too.
+        return self._networks[key].to(transformer.device, transformer.dtype)
+
+    def leave_device(self) -> None:
+        """Moves what is kept for the next prompt into RAM."""
+        for network in self._networks.values():
+            network.to("cpu")
 
 
 def _key(path: str) -> FileKey:

@@ -57,7 +57,7 @@ def check_can_be_applied(matched: Matched, shapes: Mapping[str, Sequence[int]]) 
     lora = matched.lora
     for weight, factors in matched.factors.items():
         if obstacle := _obstacle(factors, weight, shapes[weight]):
-            key = next(lora.sources[name] for name, candidate in lora.modules.items() if candidate is factors)
+            key = next(lora.key_of(name) for name, candidate in lora.modules.items() if candidate is factors)
             remedy = "merge the file into the model with --lora_weight"
             raise UserError(lora.where, f"{key}, {obstacle}", "modules that can be laid over a layer", remedy)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.weights import TORCH_DTYPES
 from networks.deltas import UP, Factors
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 METADATA_KEY = "oneframe_folded_scales"
 COMMON = ""
 """Under which the record stands that most modules share."""
+DTYPES = {name: getattr(torch, name) for name in TORCH_DTYPES.values()}
+"""What a record may name: it comes from a file that anybody may have written."""
 Record = Mapping[str, object]
 
 
@@ -70,8 +73,6 @@ def _carrier(factors: Factors) -> str:
 
 def _exact_product(tensor: Tensor, scale: float) -> Tensor | None:
     """tensor · scale in the tensor's type, else in float32; None if neither gives every bit back."""
-    if scale == 0 or not math.isfinite(scale):
-        return None
     # torch does not multiply in float8.
     for dtype in (torch.float32,) if tensor.dtype.itemsize == 1 else (tensor.dtype, torch.float32):
         product = tensor.to(dtype) * scale
@@ -111,8 +112,8 @@ def _unfolded(factors: Factors, record: Record | None) -> Factors:
     if record is None or record["rank"] != factors.rank:
         return factors
     part = _carrier(factors)
-    original = _undone(factors.tensors[part], record["folded"], getattr(torch, record["dtype"]))
-    alpha = torch.tensor(record["alpha"], dtype=getattr(torch, record["alpha_dtype"]))
+    original = _undone(factors.tensors[part], record["folded"], DTYPES[record["dtype"]])
+    alpha = torch.tensor(record["alpha"], dtype=DTYPES[record["alpha_dtype"]])
     restored = replace(factors, tensors={**factors.tensors, part: original}, alpha=alpha)
     return restored if math.isclose(restored.scale, factors.scale * record["folded"], rel_tol=1e-6) else factors
 

@@ -50,7 +50,7 @@ class RequestFlags:
 class OutputFlags:
     """Where results go, and in which form."""
 
-    save_path: str = flag("folder for results", required=True)
+    save_path: str | None = flag("folder for results")
     output_type: Literal["video", "images", "latent", "both", "latent_images"] | None = flag(
         "both: latent and video; latent_images: latent and pictures (default: video, of one frame a picture)"
     )

@@ -15,6 +15,5 @@ class PostHocEmaFlags:
     beta: float = flag("what is kept of the average when the next file comes in", default=0.95)
     beta2: float | None = flag("the same for the last file; --beta changes to it in equal steps (default: --beta)")
     sigma_rel: float | None = flag(
-        "width of the average in relation to the length of the training, above 0 up to 0.2886; "
-        "replaces --beta and --beta2"
+        "width of the average in relation to the length of the training, 0.001 to 0.2886; replaces --beta and --beta2"
     )

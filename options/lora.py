@@ -72,8 +72,10 @@ def parse_prompt_lora(text: str) -> PromptLora:
         return PromptLora(path=text, multiplier=1.0)
     try:
         multiplier = float(number)
-    except ValueError:  # the colon of a drive, of a name
-        return PromptLora(path=text, multiplier=1.0)
+    except ValueError:
+        if os.path.isfile(path):
+            raise UserError("--lora", text, "FILE or FILE:0.8", f"{number or 'nothing'} is no multiplier") from None
+        return PromptLora(path=text, multiplier=1.0)  # the colon of a drive
     _check_multiplier(multiplier, "--lora")
     return PromptLora(path=path.rstrip(), multiplier=multiplier)
 

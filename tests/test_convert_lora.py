@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import HunyuanVideoFramepackPipeline, HunyuanVideoFramepackTransformer3DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convert_lora
 from networks.lora_formats import read_lora
+from networks.lora_keys import DOTTED_PREFIXES
 from networks.lora_matching import match
 from networks.lora_metadata import write_lora
 
@@ -113,7 +115,7 @@ LORAS = {
     "several ranks": {"ranks": (4, 2, 4), "alphas": (1.0, 4.0)},
     "thirds": {"ranks": (6, 3), "alphas": (1.0, 4.0)},
     "mixed": {"ranks": (4, 6, 3, 8), "alphas": (0.3, 8.0, 5.0)},
-    "off": {"ranks": (4,), "alphas": (0.0, 1.0)},
+    "alpha 0": {"ranks": (4,), "alphas": (0.0, 1.0)},
 }
 
 
@@ -335,16 +337,17 @@ def test_a_lokr_scale_that_is_no_power_of_two_comes_back_to_the_last_bit_but_one
         torch.testing.assert_close(back[key], tensor, rtol=2e-7, atol=0)
 
 
-def test_a_lokr_that_is_switched_off_stays_so(shapes, tmp_path: Path) -> None:
-    """Nothing that is multiplied by 0 comes back, and nothing becomes NaN."""
+@pytest.mark.parametrize("make", [native_lora, native_loha, native_lokr])
+@pytest.mark.parametrize("prefix", [None, "transformer"])
+def test_an_alpha_of_zero_does_the_same_in_both_spellings_and_keeps_its_bytes(make, prefix, shapes, tmp_path) -> None:
     source = tmp_path / "native.safetensors"
-    write_lora(source, native_lokr(shapes, 0.0), METADATA)
-    for prefix in (None, "transformer"):
-        other = converted(source, "other.safetensors", "other", prefix)
-        for file in (other, converted(other, "back.safetensors", "default")):
-            deltas = {n: f.delta() for n, f in read_lora(file, flag="--lora_weight").modules.items()}
-            off = {n for n, delta in deltas.items() if torch.equal(delta, torch.zeros_like(delta))}
-            assert off == {key.removesuffix(".lokr_w2_a") for key in load_file(source) if key.endswith("lokr_w2_a")}
+    tensors = {key: t * 0 if key.endswith(".alpha") else t for key, t in make(shapes).items()}
+    write_lora(source, tensors, METADATA)
+    other = converted(source, "other.safetensors", "other", prefix)
+    ours, theirs = (read_lora(file, flag="--lora_weight").modules for file in (source, other))
+    assert all(torch.equal(theirs[name].delta(), factors.delta()) for name, factors in ours.items())
+    assert all(factors.delta().any() for factors in ours.values())
+    assert converted(other, "back.safetensors", "default").read_bytes() == source.read_bytes()
 
 
 def test_diffusers_does_not_load_loha_and_we_say_so(shapes, tmp_path: Path, caplog) -> None:
@@ -356,7 +359,21 @@ def test_diffusers_does_not_load_loha_and_we_say_so(shapes, tmp_path: Path, capl
 # ---- a record that does not fit ----
 
 
-@pytest.mark.parametrize("record", ["{", "[]", '{"": {"rank": 4}}', '{"": 3}', '{"": {"rank": 8, "folded": 0.5}}'])
+RECORD = {"alpha": 2.0, "alpha_dtype": "float32", "dtype": "float32", "folded": 0.5, "rank": 4}
+RECORDS = ["{", "[]", '{"": {"rank": 4}}', '{"": 3}', '{"": {"rank": 8, "folded": 0.5}}']
+RECORDS += [json.dumps({"": RECORD | {"dtype": name}}) for name in ("save", "int8", "bool", "float4_e2m1fn_x2", "nn")]
+RECORDS += [json.dumps({"": RECORD | {"alpha_dtype": name}}) for name in ("save", "bool", "float4_e2m1fn_x2")]
+
+
+def test_the_record_in_these_tests_is_one_that_counts(tmp_path: Path) -> None:
+    up, down = torch.randn(8, 4), torch.randn(4, 8)
+    tensors = {"transformer.proj_out.lora_A.weight": down, "transformer.proj_out.lora_B.weight": up}
+    save_file(tensors, tmp_path / "a.safetensors", {"oneframe_folded_scales": json.dumps({"": RECORD})})
+    (factors,) = read_lora(tmp_path / "a.safetensors", flag="--lora_weight").modules.values()
+    assert torch.equal(factors.tensors["lora_up.weight"], up * 2) and float(factors.alpha) == 2
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_a_record_of_another_file_changes_no_delta(record: str, tmp_path: Path) -> None:
     up, down = torch.randn(8, 4), torch.randn(4, 8)
     tensors = {"transformer.proj_out.lora_A.weight": down, "transformer.proj_out.lora_B.weight": up}
@@ -411,6 +428,62 @@ def test_an_existing_output_is_replaced_whole(source: Path) -> None:
     converted(source, output.name, "other")
     assert load_file(output)
     assert sorted(os.listdir(source.parent)) == ["native.safetensors", "other.safetensors"]
+
+
+def test_the_file_in_a_folder_of_peft_is_not_overwritten(shapes, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "adapter_model.safetensors"
+    write_lora(source, native_lora(shapes), METADATA)
+    before = source.read_bytes()
+    assert run(tmp_path, source, "other") == 2
+    assert complaint(capsys).startswith("--output: got") and source.read_bytes() == before
+    assert run(tmp_path, tmp_path / "other.safetensors", "other") == 0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_full_disk_is_one_line(error: Exception, source: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    assert run(source, source.with_name("出力.safetensors"), "other") == 2
+    line = complaint(capsys)
+    assert line.startswith("--output: got ") and "出力.safetensors" in line and "No space left" in line
+    assert os.listdir(source.parent) == [source.name]
+
+
+@pytest.mark.parametrize("prefix", [known.rstrip(".") for known in DOTTED_PREFIXES])
+def test_files_behind_every_accepted_prefix_can_be_read_back(prefix: str, source: Path) -> None:
+    other = converted(source, "other.safetensors", "other", prefix)
+    assert all(key.startswith(f"{prefix}.") for key in load_file(other))
+    assert converted(other, "back.safetensors", "default").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["foo.bar", "lora_unet_", "transfomer"])
+def test_prefixes_that_we_could_not_read_back_are_refused(prefix: str, source: Path, capsys) -> None:
+    output = source.with_name("other.safetensors")
+    assert run(source, output, "other", prefix) == 2
+    line = complaint(capsys)
+    assert line.startswith(f"--diffusers_prefix: got {prefix}; expected one of") and not output.exists()
+    assert ("did you mean transformer?" in line) == (prefix == "transfomer")
+    assert run(source, output, "default", prefix) == 0
+
+
+def test_only_what_is_shared_is_copied(shapes, source: Path, monkeypatch) -> None:
+    """Parts of a fused module have their first factor in common, which the format refuses."""
+    copies, original = [], torch.Tensor.clone
+
+    def counted(tensor: Tensor, *arguments, **options) -> Tensor:
+        copies.append(tensor.shape)
+        return original(tensor, *arguments, **options)
+
+    fused = source.with_name("fused.safetensors")
+    down, up = torch.randn(4, WIDTH), torch.randn(3 * WIDTH, 4)
+    save_file({"double_blocks.0.img_attn_qkv.lora_A": down, "double_blocks.0.img_attn_qkv.lora_B": up}, fused)
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    converted(source, "other.safetensors", "other")
+    assert copies == []
+    converted(fused, "native.safetensors", "default")
+    assert copies == [down.shape, down.shape]
 
 
 @pytest.mark.parametrize("name", ["other.pt", "other", "folder.safetensors"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.deltas import DOWN, UP, FactorError, Factors
+from networks.deltas import DOWN, UP, FactorError, Factors, is_finite
 
 OUT, IN, RANK = 24, 18, 4
 NAMES = {"lora_A": DOWN, "lora_B": UP}
@@ -99,6 +99,15 @@ def test_a_missing_alpha_counts_as_the_rank(kind: str) -> None:
     torch.testing.assert_close(factors.delta() / 2, with_half.delta())
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_an_alpha_of_zero_counts_as_the_rank(kind: str) -> None:
+    """As the trainers that write one mean it."""
+    factors = ALL_KINDS[kind]()
+    with_zero = Factors(tensors=factors.tensors, alpha=torch.tensor(0.0))
+    assert torch.equal(with_zero.delta(), factors.delta()) and factors.delta().any()
+    assert with_zero.has_zero_alpha == (kind != "whole lokr") and not factors.has_zero_alpha
+
+
 def test_whole_kronecker_factors_are_never_scaled() -> None:
     factors = whole_lokr(alpha=torch.tensor(7.0))
     assert torch.equal(factors.delta(), torch.kron(factors.tensors["lokr_w1"], factors.tensors["lokr_w2"]))
@@ -176,8 +185,34 @@ def test_a_pointwise_convolution_fits_a_linear_layer() -> None:
     assert factors.delta((10, 6)).shape == (10, 6)
 
 
+MISFITS = {
+    "lora": (UP, DOWN),
+    "loha": ("hada_w1_a", "hada_w1_b"),
+    "lokr": ("lokr_w2_a", "lokr_w2_b"),
+    "whole lokr": ("lokr_w2", "lokr_w2"),
+}
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_rows_and_columns_that_do_not_fit_have_their_own_culprits(kind: str) -> None:
+    factors, (of_rows, of_columns) = ALL_KINDS[kind]().to("meta"), MISFITS[kind]
+    assert factors.misfit((OUT * 2, IN)) == of_rows
+    assert factors.misfit((OUT, IN * 2)) == of_columns
+    assert factors.misfit((OUT, IN, 2, 1)) == of_columns
+
+
+def test_a_first_kronecker_factor_that_divides_nothing_is_the_culprit() -> None:
+    assert lokr().misfit((OUT + 1, IN)) == "lokr_w1" == lokr().misfit((OUT, IN + 1))
+    shapes = {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 3), "lokr_w2": (6, 6)}
+    both = Factors(tensors={name: random(*shape) for name, shape in shapes.items()})
+    assert (both.misfit((OUT + 1, IN)), both.misfit((OUT, IN + 1))) == ("lokr_w1_a", "lokr_w1_b")
+
+
 BAD = {
     "nothing": ({}, "factors", "none"),
+    "rank 0": ({DOWN: (0, 8), UP: (8, 0)}, DOWN, "(0, 8)"),
+    "loha of rank 0": ({"hada_w1_b": (0, 8)} | {f"hada_w{i}": (8, 0) for i in ("1_a", "2_a")}, "hada_w1_b", "(0, 8)"),
+    "an empty lokr": ({"lokr_w2": (0, 8), "lokr_w1": (2, 2)}, "lokr_w2", "(0, 8)"),
     "another rank": ({DOWN: (4, 8), UP: (8, 5)}, UP, "rank 5"),
     "no up": ({DOWN: (4, 8)}, UP, "nothing"),
     "a vector": ({DOWN: (4,), UP: (8, 4)}, DOWN, "(4,)"),
@@ -203,6 +238,29 @@ def test_factors_that_do_not_fit_name_the_first_wrong_one(name: str) -> None:
         Factors(tensors={part: torch.empty(shape, device="meta") for part, shape in shapes.items()})
     assert caught.value.part == part
     assert got in caught.value.got
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_factors_are_floating_point_numbers(dtype: torch.dtype) -> None:
+    tensors = {DOWN: random(RANK, IN), UP: random(OUT, RANK).to(dtype)}
+    with pytest.raises(FactorError) as caught:
+        Factors(tensors=tensors)
+    assert (caught.value.part, caught.value.got) == (UP, f"type {str(dtype).removeprefix('torch.')}")
+
+
+def test_an_alpha_may_be_a_whole_number_but_no_yes_or_no() -> None:
+    assert lora(alpha=torch.tensor(2)).scale == 0.5
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(FactorError, match="alpha: got type"):
+            lora(alpha=torch.tensor(1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
+def test_nan_and_infinity_are_seen_in_every_type(dtype: torch.dtype) -> None:
+    assert is_finite(torch.ones(3).to(dtype))
+    for value in ("nan", "inf", "-inf"):
+        if dtype.is_floating_point and not (dtype == torch.float8_e4m3fn and "inf" in value):
+            assert not is_finite(torch.tensor([1.0, float(value)]).to(dtype))
 
 
 def test_an_alpha_is_one_number() -> None:

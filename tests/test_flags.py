@@ -11,6 +11,7 @@ import pytest
 from common.flags import parse, run_script
 from options.errors import UserError
 from options.flag_fields import flag, later
+from options.flags_convert_lora import ConvertLoraFlags
 from options.flags_fpack_generate import FramePackGenerateFlags
 
 ROOT = Path(__file__).parents[1]
@@ -113,8 +114,8 @@ def test_wrong_command_lines_are_explained_in_one_line(argv, message):
 
 
 def test_a_missing_required_flag_is_named():
-    with pytest.raises(UserError, match="--save_path: got nothing"):
-        parse(FramePackGenerateFlags, description="", argv=[])
+    with pytest.raises(UserError, match="--input.*got nothing"):
+        parse(ConvertLoraFlags, description="", argv=["--target", "other"])
 
 
 @dataclass(frozen=True, kw_only=True)

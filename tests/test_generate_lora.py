@@ -15,9 +15,12 @@ from skimage import data_dir
 
 import fpack_generate_video
 from common.weights import Checkpoint
-from frame_pack.loading import build_transformer, open_transformer
+from frame_pack.loading import build_transformer, load_transformer, open_transformer
 from generation.outputs import load_latents
 from networks import loha, lokr, lora_framepack
+from networks import network as network_module
+from networks.prompt_loras import PromptLoras
+from options.lora import PromptLora
 
 KINDS = {"LoRA": lora_framepack, "LoHa": loha, "LoKr": lokr}
 TINY = ("--video_size", "32", "32", "--infer_steps", "2", "--one_frame_inference", "default", "--seed", "1")
@@ -143,7 +146,7 @@ def test_the_strength_of_a_lora_can_be_swept(models, loras, cat, latents, tmp_pa
 def test_a_saved_model_gives_what_the_merge_gave(models, loras, cat, latents, tmp_path) -> None:
     """Only the rounding to the type of the model's file is between them."""
     saved = tmp_path / "保存.safetensors"
-    argv = ["--save_path", str(tmp_path), "--lora_weight", loras["LoRA"], "--save_merged_model", str(saved)]
+    argv = ["--lora_weight", loras["LoRA"], "--save_merged_model", str(saved)]
     assert fpack_generate_video.main([*models[:2], *argv]) == 0
     (merged,) = latents("--prompt", "猫", "--lora_weight", loras["LoRA"])
     (from_file,) = latents("--prompt", "猫", "--dit", str(saved))
@@ -170,7 +173,53 @@ def test_a_result_knows_its_loras_and_is_made_again_with_them(models, loras, cat
 
     caplog.clear()
     assert fpack_generate_video.main([*common, *again, "--save_path", str(tmp_path / "c")]) == 0
-    assert any("--lora_weight is not what made" in record.message for record in caplog.records)
+    (said,) = [record.message for record in caplog.records if "--lora_weight is not what made" in record.message]
+    assert "LoHa 絵.safetensors:0.5" in said
+
+    renamed = [
+        "--lora_weight",
+        str(shutil.copy(loras["LoHa"], tmp_path / "新.safetensors")),
+        "--lora_multiplier",
+        "0.5",
+    ]
+    caplog.clear()
+    assert fpack_generate_video.main([*common, *again, *renamed, "--save_path", str(tmp_path / "d")]) == 0
+    assert not any("--lora_weight" in record.message and "not what" in record.message for record in caplog.records)
+
+
+def test_a_model_whose_names_have_a_prefix_is_the_same_model(models, loras, demo_models, latents, folder) -> None:
+    tensors = {f"model.diffusion_model.{name}": t for name, t in open_transformer(str(demo_models.dit)).read()}
+    save_file(tensors, folder / "prefixed.safetensors")
+    prefixed = ["--prompt", "猫", "--dit", str(folder / "prefixed.safetensors"), "--lora_weight", loras["LoRA"]]
+    assert torch.equal(latents(*prefixed)[0], latents("--prompt", "猫", "--lora_weight", loras["LoRA"])[0])
+
+
+@pytest.mark.parametrize("where", ["apply", "remove"])
+def test_an_interrupt_leaves_no_lora_behind(where: str, loras, demo_models, monkeypatch) -> None:
+    """Ctrl-C may come at any moment; the next prompt has its own LoRAs and no others."""
+    checkpoint = open_transformer(str(demo_models.dit))
+    transformer = load_transformer(checkpoint, dtype=torch.float32, device="cpu")
+    classes = [type(module) for module in transformer.modules()]
+    prompt_loras, calls = PromptLoras(checkpoint), 0
+    chosen = [PromptLora(path=loras[kind], multiplier=1.0) for kind in ("LoRA", "LoHa")]
+    attach = network_module.attach
+
+    def interrupted(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 40:  # in the second network
+            raise KeyboardInterrupt
+        attach(*arguments)
+
+    if where == "apply":
+        monkeypatch.setattr(network_module, "attach", interrupted)
+    with pytest.raises(KeyboardInterrupt), prompt_loras.on(transformer, chosen):
+        raise KeyboardInterrupt
+    assert [type(module) for module in transformer.modules()] == classes
+    monkeypatch.undo()
+    with prompt_loras.on(transformer, chosen):
+        assert [type(module) for module in transformer.modules()] != classes
+    assert [type(module) for module in transformer.modules()] == classes
 
 
 def test_what_is_used_of_each_file_is_said_once(models, loras, cat, tmp_path, caplog) -> None:
@@ -228,7 +277,7 @@ def bad(tmp_path, loras) -> Callable[[str], str]:
     [
         ("truncated", "truncated"),
         ("wan", "lora_unet_blocks_0_self_attn_q"),
-        ("shape", "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight"),
+        ("shape", "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight"),
     ],
 )
 def test_a_lora_that_cannot_be_used_names_its_first_key(flag: str, kind: str, named: str, refused, bad) -> None:
@@ -245,6 +294,7 @@ def test_a_lora_that_cannot_be_used_names_its_first_key(flag: str, kind: str, na
         (["--sweep", "lora=0,1"], "--lora beside it"),
         (["--lora_multiplier", "much"], "--lora_multiplier: got much"),
         (["--save_merged_model", "x.safetensors"], "LoRAs to merge"),
+        (["--save_merged_model", "x.safetensors", "--lora", "a"], "--lora: got a; expected --lora_weight"),
     ],
 )
 def test_options_that_cannot_work_are_named(argv: list[str], named: str, refused) -> None:

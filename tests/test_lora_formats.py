@@ -111,6 +111,7 @@ LORA_SPELLINGS: dict[str, tuple[Callable[[str], str], str, str, bool]] = {
     "comfyui checkpoint": (lambda m: f"model.diffusion_model.{m}", "lora_A.weight", "lora_B.weight", True),
     "peft": (lambda m: f"base_model.model.{m}", "lora_A.weight", "lora_B.weight", False),
     "peft around a pipeline": (lambda m: f"base_model.model.transformer.{m}", "lora_A.weight", "lora_B.weight", False),
+    "unet": (lambda m: f"unet.{m}", "lora_A.weight", "lora_B.weight", False),
     "no prefix": (lambda m: m, "lora_A.weight", "lora_B.weight", False),
     "no weight": (lambda m: f"diffusion_model.{m}", "lora_A", "lora_B", True),
     "underscore": (lambda m: f"transformer.{m}", "_lora.down.weight", "_lora.up.weight", False),
@@ -478,13 +479,34 @@ BROKEN = {
     "dora of peft": ({**GOOD, "transformer.proj_out.lora_magnitude_vector": torch.ones(8)}, "magnitude_vector: DoRA"),
     "tucker": ({**GOOD, "lora_unet_proj_out.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "lora_mid.weight: a Tucker"),
     "bias": ({**GOOD, "transformer.proj_out.lora_B.bias": torch.ones(8)}, "lora_B.bias: a bias"),
+    "difference": ({**GOOD, "diffusion_model.proj_out.diff": torch.ones(8, 8)}, "proj_out.diff: a whole weight"),
+    "bias difference": ({**GOOD, "diffusion_model.proj_out.diff_b": torch.ones(8)}, "proj_out.diff_b: a whole weight"),
+    "weight": ({**GOOD, "diffusion_model.proj_out.set_weight": torch.ones(8)}, "proj_out.set_weight: a whole weight"),
+    "norm": ({**GOOD, "lora_unet_norm_out.w_norm": torch.ones(8)}, "norm_out.w_norm: a whole weight"),
+    "shape": (
+        {**GOOD, "diffusion_model.proj_out.reshape_weight": torch.tensor([8, 9])},
+        "reshape_weight: a weight of another shape",
+    ),
+    "rank 0": (
+        {**GOOD, "lora_unet_proj_out.lora_down.weight": torch.ones(0, 8)}
+        | {"lora_unet_proj_out.lora_up.weight": torch.ones(8, 0)},
+        "lora_unet_proj_out.lora_down.weight of shape (0, 8)",
+    ),
+    "whole numbers": (
+        {**GOOD, "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight": torch.ones(8, 4, dtype=torch.int8)},
+        "attn_to_q.lora_up.weight of type int8; expected floating-point numbers",
+    ),
+    "alpha of yes": (
+        {**GOOD, "lora_unet_transformer_blocks_0_attn_to_q.alpha": torch.tensor(True)},
+        "attn_to_q.alpha of type bool",
+    ),
     "alpha": ({**GOOD, "lora_unet_transformer_blocks_0_attn_to_q.alpha": torch.ones(4)}, "attn_to_q.alpha of shape"),
     "twice": (GOOD | pair("transformer.transformer_blocks.0.attn.to_q"), "and lora_unet_transformer_blocks_0_attn"),
     "two spellings": (
         {**GOOD, "lora_unet_transformer_blocks_0_attn_to_q.lora_A.weight": torch.ones(4, 8)},
         "lora_A.weight and lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
     ),
-    "fused rows": (pair("double_blocks.0.img_attn_qkv"), "img_attn_qkv.lora_down.weight for 8 rows; expected 3 times"),
+    "fused rows": (pair("double_blocks.0.img_attn_qkv"), "img_attn_qkv.lora_up.weight for 8 rows; expected 3 times"),
     "no mlp": (
         {"single_blocks.0.linear1.lora_A": torch.ones(4, 8), "single_blocks.0.linear1.lora_B": torch.ones(24, 4)},
         "for 24 rows; expected 3 times its input width 8 and the MLP's",
@@ -509,6 +531,109 @@ def test_what_cannot_be_used_names_the_first_offending_key(name: str, shapes_onl
     assert str(error.value).startswith(f"{FLAG}") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["difference", "bias difference", "weight", "norm", "shape"])
+def test_what_only_text_encoders_have_changes_no_transformer(name: str, tmp_path: Path) -> None:
+    """Their tensors are left over, whatever they are."""
+    *_, key = BROKEN[name][0]
+    part = key.rpartition(".")[2]
+    tensors = {**GOOD, f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{part}": torch.ones(2)}
+    assert len(read_lora(write(tmp_path / "lora.safetensors", tensors), flag=FLAG).leftover) == 1
+
+
+MAKERS = {"lora": lora_factors, "loha": loha_factors, "lokr": lokr_factors}
+PARTS = [(kind, part) for kind, make in MAKERS.items() for part in (*make((32, 32)), "alpha")]
+
+
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2], ids=str)
+def test_nan_and_infinity_are_named_by_their_own_key(kind, part, value, dtype, tmp_path: Path) -> None:
+    """They would turn the model black in silence. At the door only headers are read."""
+    tensors = {**GOOD, "diffusion_model.proj_out.alpha": torch.tensor(1.0)}
+    tensors |= {f"diffusion_model.proj_out.{name}": tensor for name, tensor in MAKERS[kind]((32, 32)).items()}
+    key = f"diffusion_model.proj_out.{part}"
+    tensors[key].view(-1)[-1] = float(value)
+    path = write(tmp_path / "壊れた.safetensors", tensors | {key: tensors[key].to(dtype)})
+    assert len(read_lora(path, flag=FLAG, shapes_only=True).modules) == 2
+    with pytest.raises(UserError) as error:
+        read_lora(path, flag=FLAG)
+    assert f"{path}: got {key} with infinite numbers or NaN" in str(error.value)
+
+
+def test_nan_that_is_not_used_does_no_harm(tmp_path: Path) -> None:
+    stray = {"lora_te1_text_model_encoder.lora_down.weight": torch.tensor(float("nan"))}
+    assert read_lora(write(tmp_path / "lora.safetensors", GOOD | stray), flag=FLAG).modules
+
+
+@pytest.mark.parametrize("make", MAKERS.values())
+def test_an_alpha_of_zero_counts_as_the_rank_and_is_reported(make, tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    factors = make((32, 32))
+    tensors = {f"lora_unet_proj_out.{part}": tensor for part, tensor in factors.items()}
+    path = write(tmp_path / "零.safetensors", tensors | {"lora_unet_proj_out.alpha": torch.tensor(0.0)})
+    assert_deltas(read_lora(path, flag=FLAG), {"proj_out": by_hand(factors)})
+    expected = "零.safetensors: an alpha of 0 counts as the rank in 1 modules, lora_unet_proj_out.alpha first"
+    assert caplog.messages == [expected]
+    caplog.clear()
+    read_lora(write(path, tensors | {"lora_unet_proj_out.alpha": torch.tensor(1.0)}), flag=FLAG)
+    assert caplog.messages == []
+
+
+def test_an_alpha_of_one_factor_is_no_second_factor(tmp_path: Path) -> None:
+    """It is left over: what it means is not known. An adapter may still be called alpha."""
+    factors = lora_factors((32, 32))
+    tensors = {f"diffusion_model.proj_out.lora_{a}.weight": t for a, t in zip("AB", factors.values(), strict=True)}
+    path = write(tmp_path / "lora.safetensors", tensors | {"diffusion_model.proj_out.lora_A.alpha": torch.tensor(1.0)})
+    lora = read_lora(path, flag=FLAG)
+    assert_deltas(lora, {"proj_out": by_hand(factors)})
+    assert lora.leftover == ("diffusion_model.proj_out.lora_A.alpha",)
+    tensors = {key.replace(".weight", ".alpha.weight"): tensor for key, tensor in tensors.items()}
+    assert_deltas(read_lora(write(path, tensors), flag=FLAG), {"proj_out": by_hand(factors)})
+
+
+# ---- folders ----
+
+
+def test_a_folder_of_peft_means_its_file(tmp_path: Path) -> None:
+    """With its alpha; others in the folder do not matter."""
+    folder = tmp_path / "和風"
+    folder.mkdir()
+    peft.LoraConfig(r=RANK, lora_alpha=1).save_pretrained(folder)
+    factors = lora_factors((32, 32))
+    tensors = {f"base_model.model.proj_out.{part}": tensor for part, tensor in factors.items()}
+    write(folder / "adapter_model.safetensors", tensors)
+    write(folder / "a.safetensors", GOOD)
+    for path in (folder, str(folder), f"{folder}/"):
+        lora = read_lora(path, flag=FLAG)
+        assert_deltas(lora, {"proj_out": by_hand(factors, 1)})
+        assert lora.path == folder / "adapter_model.safetensors"
+        assert lora.where == f"{FLAG} {folder / 'adapter_model.safetensors'}"
+
+
+def test_any_other_folder_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """It may hold a LoRA of every epoch."""
+    write(tmp_path / "mine-000001.safetensors", GOOD)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, ".", Path()):
+        with pytest.raises(UserError, match=f"^{FLAG}: got .*expected a LoRA file.*it is a folder: give the file$"):
+            read_lora(path, flag=FLAG)
+
+
+def test_no_name_is_not_the_working_folder(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path / "adapter_model.safetensors", GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{FLAG}: got an empty name"):
+        read_lora("", flag=FLAG)
+
+
+def test_a_damaged_header_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "lora.safetensors", GOOD)
+    path.write_bytes(path.read_bytes().replace(b'"shape":[4,8]', b'"shape":[4,7]'))
+    for shapes_only in (True, False):
+        with pytest.raises(UserError, match=r"lora_down\.weight: .*damaged"):
+            read_lora(path, flag=FLAG, shapes_only=shapes_only)
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "lora.safetensors", GOOD)
     path.write_bytes(path.read_bytes()[:-10])
@@ -528,6 +653,22 @@ def test_whole_lokr_factors_that_peft_would_scale_are_refused(tmp_path: Path) ->
                 read_lora(path, flag=FLAG)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_configuration_of_pefts_is_read_however_an_editor_saved_it(encoding: str, tmp_path: Path) -> None:
+    text = json.dumps({"r": RANK, "lora_alpha": 1, "base_model_name_or_path": "模型"}, ensure_ascii=False)
+    (tmp_path / "adapter_config.json").write_bytes(text.encode(encoding))
+    factors = lora_factors((32, 32))
+    tensors = {f"base_model.model.proj_out.{part}": tensor for part, tensor in factors.items()}
+    path = write(tmp_path / "adapter_model.safetensors", tensors)
+    assert_deltas(read_lora(path, flag=FLAG), {"proj_out": by_hand(factors, 1)})
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match=r"adapter_config\.json: got no JSON"):
+        read_lora(write(tmp_path / "adapter_model.safetensors", GOOD), flag=FLAG)
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_configuration_is_refused(text: str, tmp_path: Path) -> None:
     path = write(tmp_path / "lora.safetensors", GOOD, {"lora_adapter_metadata": text})
@@ -543,16 +684,22 @@ def test_a_damaged_configuration_is_refused(text: str, tmp_path: Path) -> None:
         {"lora_alpha": 4, "alpha_pattern": ["to_q"]},
         {"lora_alpha": 4, "alpha_pattern": {"to_(q": 3}},
         {"lora_alpha": 4, "alpha_pattern": {".*": {}}},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 0},
     ],
 )
 def test_a_configuration_that_makes_no_sense_names_the_first_key(entries: dict, tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in entries.items()})}
-    with pytest.raises(UserError, match=r"got lora_unet_transformer_blocks_0_attn_to_q\.lora_down\.weight with"):
-        read_lora(write(tmp_path / "lora.safetensors", GOOD, metadata), flag=FLAG)
+    path = write(tmp_path / "lora.safetensors", GOOD, metadata)
+    for shapes_only in (True, False):
+        with pytest.raises(UserError, match=r"got lora_unet_transformer_blocks_0_attn_to_q\.lora_down\.weight with"):
+            read_lora(path, flag=FLAG, shapes_only=shapes_only)
 
 
 def test_modules_are_named_by_a_factor_and_not_by_the_alpha_that_stands_first(tmp_path: Path) -> None:
     """safetensors sorts names; patterns and messages mean the factors."""
     name = "lora_unet_transformer_blocks_0_attn_to_q"
     lora = read_lora(write(tmp_path / "lora.safetensors", GOOD | {f"{name}.alpha": torch.tensor(1.0)}), flag=FLAG)
-    assert lora.sources == {name: f"{name}.lora_down.weight"}
+    assert lora.key_of(name) == lora.key_of(name, "hada_w1_a") == f"{name}.lora_down.weight"
+    assert lora.key_of(name, "alpha") == f"{name}.alpha"

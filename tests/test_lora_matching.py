@@ -83,8 +83,10 @@ def test_another_shape_names_the_key_and_both_shapes(lora: LoraFile) -> None:
     wrong = weights() | {f"{MODULES[3]}.weight": (24, 8)}
     with pytest.raises(UserError) as error:
         match(lora, wrong)
-    for part in ("lora_unet_transformer_blocks_1_ff_net_0_proj.lora_", "(12, 8)", "(24, 8)", f"{MODULES[3]}.weight"):
+    for part in ("lora_unet_transformer_blocks_1_ff_net_0_proj.lora_up", "(12, 8)", "(24, 8)", f"{MODULES[3]}.weight"):
         assert part in str(error.value)
+    with pytest.raises(UserError, match=r"got lora_unet_transformer_blocks_1_ff_net_0_proj\.lora_down\.weight for"):
+        match(lora, weights() | {f"{MODULES[3]}.weight": (12, 16)})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,13 @@ def test_a_prompts_lora_may_have_a_multiplier(text: str, path: str, multiplier: 
     assert (found.path, found.multiplier) == (path, multiplier)
 
 
+@pytest.mark.parametrize("multiplier", ["0,5", "", "much"])
+def test_a_multiplier_that_is_no_number_is_named(multiplier: str, tmp_path: Path) -> None:
+    (tmp_path / "絵.safetensors").touch()
+    with pytest.raises(UserError, match="no multiplier"):
+        parse_prompt_lora(f"{tmp_path / '絵.safetensors'}:{multiplier}")
+
+
 def test_a_file_of_exactly_that_name_wins(tmp_path: Path) -> None:
     path = tmp_path / "a:0.8"
     path.touch()
@@ -317,6 +325,51 @@ def test_the_models_own_file_is_not_overwritten(loras, tmp_path: Path) -> None:
     assert checkpoint.files[0].read_bytes() == before
 
 
+def test_the_loras_own_file_is_not_overwritten(loras, tmp_path: Path) -> None:
+    before = Path(loras[0]).read_bytes()
+    with pytest.raises(UserError, match="--o.*another file than --lora_weight"):
+        merge_into_file(base(tmp_path), [LoraChoice(path=loras[0])], loras[0], device=CPU, flag="--o")
+    assert Path(loras[0]).read_bytes() == before
+
+
+@pytest.mark.parametrize("multiplier", [1e38, -1e38])
+def test_sums_that_are_no_numbers_are_refused_by_name(multiplier: float, loras, tmp_path: Path) -> None:
+    output = tmp_path / "o.safetensors"
+    with pytest.raises(UserError, match="--lora_weight: got .*weight with infinite numbers"):
+        choice = LoraChoice(path=write_lora(tmp_path / "大.safetensors", 1, alpha=1e5), multiplier=multiplier)
+        merge_into_file(base(tmp_path), [choice], output, device=CPU, flag="--o")
+    assert not output.exists()
+
+
+def test_merging_into_8_bits_is_warned_about(loras, tmp_path: Path, caplog) -> None:
+    for dtype, is_warned in ((torch.float8_e4m3fn, True), (torch.bfloat16, False)):
+        caplog.clear()
+        merge_into_file(
+            base(tmp_path, dtype), [LoraChoice(path=loras[0])], tmp_path / "o.safetensors", device=CPU, flag="--o"
+        )
+        assert any("8-bit" in record.message for record in caplog.records) == is_warned
+
+
+def test_a_type_that_torch_does_not_know_is_named(loras, tmp_path: Path) -> None:
+    checkpoint = base(tmp_path)
+    name = "norm_out.linear.weight"
+    strange = {**checkpoint.tensors, name: replace(checkpoint.tensors[name], dtype="F8_E3M4")}
+    with pytest.raises(UserError, match="norm_out.linear.weight of type F8_E3M4"):
+        merge_into_file(
+            replace(checkpoint, tensors=strange),
+            [LoraChoice(path=loras[0])],
+            tmp_path / "o.safetensors",
+            device=CPU,
+            flag="--o",
+        )
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(loras, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="255 bytes"):
+        output = tmp_path / f"{'絵' * 90}.safetensors"
+        merge_into_file(base(tmp_path), [LoraChoice(path=loras[0])], output, device=CPU, flag="--o")
+
+
 def test_a_disk_without_room_is_noticed_before_anything_is_read(loras, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="free"):
@@ -330,7 +383,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(loras, tmp_path: Path, monke
     checkpoint = base(tmp_path)
     monkeypatch.setattr("common.checkpoint_writer._bytes", full)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="--o: got No space left on device at"):
         merge_into_file(checkpoint, [LoraChoice(path=loras[0])], tmp_path / "o.safetensors", device=CPU, flag="--o")
     assert sorted(tmp_path.iterdir()) == before
 

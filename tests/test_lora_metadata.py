@@ -8,12 +8,14 @@ from datetime import datetime
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
+from common.weights import TORCH_DTYPES, open_checkpoint
 from networks import loha, lokr, lora_framepack
-from networks.lora_metadata import model_hashes, modelspec, training_metadata, write_lora
+from networks.lora_metadata import model_hashes, modelspec, read_metadata, training_metadata, write_lora
 from networks.network import Network
+from options.errors import UserError
 
 NAME = "lora_unet_transformer_blocks_0_attn_to_q"
 
@@ -80,6 +82,50 @@ def test_hashes_are_of_the_data_with_training_metadata_only(tmp_path) -> None:
     assert saved["sshs_legacy_hash"] == hashlib.sha256(alone[0x100000:0x110000]).hexdigest()[:8]
     assert {key: saved[key] for key in metadata} == metadata
     assert list(json.loads(content[8 : 8 + header])["__metadata__"]) == sorted(saved)
+
+
+@pytest.mark.parametrize("num_rows", [1, 300, 4000])
+def test_hashes_are_those_of_a_whole_file_of_any_types(num_rows: int) -> None:
+    """The place of the short hash: behind the file's end, across several tensors, and within one."""
+    dtypes = [getattr(torch, name) for name in reversed(TORCH_DTYPES.values())]
+    tensors = {f"重み {i % 3}.{i}": torch.randn(num_rows, 97).to(dtype) for i, dtype in enumerate(dtypes)}
+    tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 4), "turned": torch.randn(7, num_rows).T}
+    # Characters that JSON writes in more than one way.
+    metadata = {"ss_tags": '"犬" \\ / \x7f \n \x01 é'}
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    (header,) = struct.unpack("<Q", content[:8])
+    assert model_hashes(tensors, {"modelspec.title": "題", **metadata}) == {
+        "sshs_model_hash": hashlib.sha256(content[8 + header :]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def test_hashing_holds_no_second_copy_of_the_file(monkeypatch) -> None:
+    import safetensors.torch
+
+    sizes, original = [], safetensors.torch.save
+
+    def counted(tensors: dict, metadata: dict) -> bytes:
+        sizes.append(sum(tensor.numel() for tensor in tensors.values()))
+        return original(tensors, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save", counted)
+    model_hashes(network(dim=64).state_dict(), {})
+    assert sum(sizes) == 0
+
+
+@pytest.mark.parametrize("metadata", [None, {"ss_comment": "着せ替え", "a": "1"}])
+def test_metadata_is_read_as_the_library_reads_it(metadata: dict | None, tmp_path) -> None:
+    save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
+    assert read_metadata(open_checkpoint(tmp_path / "x.safetensors", flag="--input")) == (metadata or {})
+
+
+@pytest.mark.parametrize("metadata", ["3", '["a"]', '{"a": 1}', '{"a": null}'])
+def test_metadata_of_another_kind_is_damage(metadata: str, tmp_path) -> None:
+    header = f'{{"__metadata__": {metadata}, "x": {{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}}}'.encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(UserError, match=r"^--input .*x\.safetensors: got metadata of another kind"):
+        read_metadata(open_checkpoint(tmp_path / "x.safetensors", flag="--input"))
 
 
 def test_a_title_leaves_the_hashes_and_a_weight_does_not() -> None:

@@ -117,6 +117,18 @@ def test_what_can_only_be_merged_is_refused_with_the_way_out(name, at_the_door, 
     assert str(error.value).endswith("merge the file into the model with --lora_weight")
 
 
+def test_an_alpha_of_zero_counts_as_the_rank_over_a_layer_too(transformer, tmp_path: Path) -> None:
+    tensors = lora(TO_Q, WIDTH, (WIDTH,))
+    zero = {f"transformer.{TO_Q}.alpha": torch.tensor(0.0)}
+    layer, x = transformer.get_submodule(TO_Q), torch.randn(3, WIDTH)
+    down, up = tensors.values()
+    network = network_for(transformer, read(tmp_path, tensors | zero))
+    base = layer(x)
+    network.apply_to(transformer)
+    torch.testing.assert_close(layer(x) - base, x @ (up @ down).T, rtol=1e-5, atol=1e-5)
+    assert float(network.state_dict()[f"lora_unet_{TO_Q.replace('.', '_')}.alpha"]) == 0
+
+
 def test_a_lokr_of_a_fused_layer_that_can_be_split_is_applied(transformer, tmp_path: Path) -> None:
     tensors = {key: tensor for key, tensor in lokr_of_fused_layers().items() if ".0." in key}
     file = read(tmp_path, tensors)

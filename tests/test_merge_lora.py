@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -514,6 +515,9 @@ def test_shapes_that_differ_are_named(path: Path, capsys) -> None:
     for options in ([], ["--rank", 2]):
         line = complaint(capsys, "--lora_weight", path, other, "--save_merged_lora", output, *options)
         assert other.name in line and f"{native(FIRST)}.lora_down.weight" in line and f"({OUT}, {IN + 1})" in line
+    saved(other, lora(FIRST, shape=(OUT + 1, IN)))
+    line = complaint(capsys, "--lora_weight", path, other, "--save_merged_lora", output)
+    assert f"{native(FIRST)}.lora_up.weight" in line
 
 
 def test_architectures_are_not_mixed(path: Path) -> None:
@@ -524,17 +528,40 @@ def test_architectures_are_not_mixed(path: Path) -> None:
 
 
 def test_damaged_numbers_and_small_types_are_named(path: Path, capsys) -> None:
-    tensors = lora(FIRST)
-    tensors[f"{native(FIRST)}.lora_up.weight"][0, 0] = float("nan")
-    broken = saved(path.with_name("壊れた.safetensors"), tensors)
     output = path.with_name("out.safetensors")
-    for options in ([], ["--rank", 2]):
-        line = complaint(capsys, "--lora_weight", path, broken, "--save_merged_lora", output, *options)
-        assert broken.name in line and "NaN" in line
+    for part in ("lora_up.weight", "alpha"):
+        tensors = lora(FIRST)
+        tensors[f"{native(FIRST)}.{part}"].view(-1)[0] = float("nan")
+        broken = saved(path.with_name("壊れた.safetensors"), tensors)
+        for options in ([], ["--rank", 2]):
+            line = complaint(capsys, "--lora_weight", path, broken, "--save_merged_lora", output, *options)
+            assert broken.name in line and f"got {native(FIRST)}.{part} with infinite numbers or NaN" in line
     large = ["--lora_weight", path, "--lora_multiplier", "1e6", "--save_merged_lora", output]
     line = complaint(capsys, *large, "--save_precision", "fp16")
     assert line.startswith("--save_precision: got float16") and "use fp32 or bf16" in line
     assert not output.exists()
+
+
+def test_a_full_disk_is_one_line(path: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    output = path.with_name("出力.safetensors")
+    line = complaint(capsys, "--lora_weight", path, "--save_merged_lora", output)
+    assert line.startswith("--save_merged_lora: got ") and output.name in line and "No space left" in line
+    assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("num_files", [2, 5])
+def test_multipliers_beyond_all_numbers_are_one_line(num_files: int, path: Path, capsys) -> None:
+    """Two are cut by their thin factors, five are as wide as the layer."""
+    output = path.with_name("out.safetensors")
+    multipliers = ["--lora_multiplier", "1e300", "1e38"]
+    for options in ([], ["--rank", 2]):
+        files = ["--lora_weight", *[path] * num_files]
+        line = complaint(capsys, *files, *multipliers, "--save_merged_lora", output, *options)
+        assert native(FIRST) in line and "give smaller multipliers" in line and not output.exists()
 
 
 def test_flags_without_effect_are_named(path: Path, caplog) -> None:

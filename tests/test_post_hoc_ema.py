@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def test_gamma_is_the_published_one(sigma_rel: float) -> None:
     assert gamma_of(sigma_rel) == pytest.approx(GAMMAS[sigma_rel], abs=6e-4)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.02, *GAMMAS, 12**-0.5])
+@pytest.mark.parametrize("sigma_rel", [0.001, 0.02, *GAMMAS, 12**-0.5])
 def test_sigma_rel_is_the_width_of_the_profile(sigma_rel: float) -> None:
     """The standard deviation of a density that goes with t^gamma on [0, 1], by its moments."""
     gamma = gamma_of(sigma_rel)
@@ -207,6 +208,8 @@ def complaint(capsys, *arguments: object) -> str:
     [
         (["--sigma_rel", 0.2887], "--sigma_rel"),
         (["--sigma_rel", 0], "--sigma_rel"),
+        (["--sigma_rel", 1e-200], "--sigma_rel"),
+        (["--sigma_rel", 0.0009], "--sigma_rel"),
         (["--sigma_rel", "nan"], "--sigma_rel"),
         (["--beta", 1.5], "--beta"),
         (["--beta", "-0.1"], "--beta"),
@@ -227,6 +230,15 @@ def changed(number: int, change) -> Tensors:
 
 BROKEN = {
     "alpha": (lambda t: t.update({f"{MODULE}.alpha": torch.tensor(4.0)}), f"{MODULE}.alpha of 4.0; expected 2.0"),
+    "nan": (
+        lambda t: t[f"{MODULE}.lora_up.weight"][2].fill_(float("nan")),
+        f"got {MODULE}.lora_up.weight with infinite",
+    ),
+    "infinite": (
+        lambda t: t[f"{MODULE}.lora_down.weight"][0].fill_(float("-inf")),
+        f"got {MODULE}.lora_down.weight with infinite",
+    ),
+    "alpha nan": (lambda t: t[f"{MODULE}.alpha"].fill_(float("nan")), f"got {MODULE}.alpha with infinite"),
     "missing": (lambda t: t.pop(f"{MODULE}.lora_up.weight"), f"no {MODULE}.lora_up.weight"),
     "unknown": (lambda t: t.update({f"{MODULE}.lora_mid.weight": torch.ones(1)}), f"got {MODULE}.lora_mid.weight"),
     "shape": (
@@ -243,6 +255,24 @@ def test_files_that_do_not_fit_are_named_with_the_first_key(name: str, tmp_path:
     line = complaint(capsys, *paths, "--output_file", tmp_path / "ema.safetensors")
     assert line.startswith(str(paths[2])) and message in line
     assert not (tmp_path / "ema.safetensors").exists()
+
+
+def test_nan_in_the_first_file_is_named_too(tmp_path: Path, capsys) -> None:
+    """With --sigma_rel it has no part in the average, and 0 times NaN would be NaN still."""
+    paths = saved(tmp_path, {"壊れた": changed(0, BROKEN["nan"][0]), "b": lora(1)})
+    line = complaint(capsys, *paths, "--output_file", tmp_path / "ema.safetensors", "--sigma_rel", 0.2)
+    assert line.startswith(str(paths[0])) and f"{MODULE}.lora_up.weight" in line
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_full_disk_is_one_line(error: Exception, five: list[Path], capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    line = complaint(capsys, *five, "--output_file", five[0].with_name("ema.safetensors"))
+    assert line.startswith("--output_file: got ") and "ema.safetensors" in line and "No space left" in line
+    assert sorted(five[0].parent.iterdir()) == sorted(five)
 
 
 @pytest.mark.parametrize("key", ["lora_adapter_metadata", "oneframe_folded_scales"])

@@ -168,6 +168,45 @@ def test_a_header_that_is_none(tmp_path: Path, header: str) -> None:
         open_checkpoint(tmp_path / "x.safetensors", flag="--dit")
 
 
+ENTRIES = {
+    "a digit of the shape": {"shape": [4, 4]},
+    "another number of bits": {"dtype": "F16"},
+    "a negative size": {"shape": [-4, -3]},
+    "no type": {"dtype": "X32"},
+    "a number for a type": {"dtype": 32},
+    "no shape": {"shape": 12},
+    "half a size": {"shape": [4.0, 3.0]},
+    "a place before the data": {"data_offsets": [-48, 0]},
+    "a place that runs backwards": {"data_offsets": [48, 0]},
+    "half a place": {"data_offsets": [48]},
+}
+
+
+@pytest.mark.parametrize("change", ENTRIES)
+def test_an_entry_that_does_not_fill_its_place_is_named(tmp_path: Path, change: str) -> None:
+    good = {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]}
+    for entry in (good, good | ENTRIES[change]):
+        data = json.dumps({"重み": entry}, ensure_ascii=False).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + b"\x00" * 48)
+        if entry is good:
+            assert load(tmp_path / "x.safetensors", memmap=False)["重み"].shape == (4, 3)
+            continue
+        with pytest.raises(UserError, match=r"^--dit: got .*x\.safetensors, 重み: .*download it again$"):
+            open_checkpoint(tmp_path / "x.safetensors", flag="--dit")
+
+
+def test_types_that_only_newer_programs_know_are_no_damage(tmp_path: Path) -> None:
+    """Half bytes, and one byte of exponents: their places are checked too."""
+    entries = {"a": ("F4", [3, 2], 3), "b": ("F8_E8M0", [3], 3), "c": ("U16", [1], 2), "d": ("C64", [1], 8)}
+    header, end = {}, 0
+    for name, (dtype, shape, num_bytes) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+    data = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + b"\x00" * end)
+    assert list(open_checkpoint(tmp_path / "x.safetensors", flag="--dit").tensors) == list(entries)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_config(tmp_path: Path, tensors, content: bytes) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
