@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import signal
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -217,7 +220,8 @@ class BatchLoader:
         if self._workers is None:
             return map(self._reader.read, batches)
         self._order.batches = batches
-        return map(pickle.loads, self._workers)
+        with _children_deaf_to_ctrl_c():
+            return map(pickle.loads, self._workers)
 
 
 def _workers(reader: BatchReader, order: _Order, num_workers: int) -> DataLoader:
@@ -228,8 +232,28 @@ def _workers(reader: BatchReader, order: _Order, num_workers: int) -> DataLoader
         num_workers=num_workers,
         multiprocessing_context="spawn",
         persistent_workers=True,
+        worker_init_fn=_ignore_ctrl_c,
         # Pickled in the worker, as torch would send tensors through /dev/shm, which is 64 MB in a container.
         collate_fn=pickle.dumps,
         # Of its own, because the loader draws from it: the global one serves dropout, and its state is resumed.
         generator=torch.Generator(),
     )
+
+
+def _ignore_ctrl_c(worker: int = 0) -> None:
+    """A terminal sends it to workers too, and a run could not finish its step without them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Workers that are started inside inherit it: before they can ignore anything themselves, they import for long."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    _ignore_ctrl_c()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

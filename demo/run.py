@@ -30,9 +30,9 @@ from demo.training import (
     NUM_STEPS,
     OPTIONS,
     SIZE,
-    Negative,
+    Disc,
     training_commands,
-    write_negative,
+    write_disc,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,8 +78,8 @@ class Run:
     """A sweep too."""
     video: Path
     data_set: DataSet
-    negative: Negative
-    negative_sweep: Path
+    disc: Disc
+    disc_sweep: Path
     """The picture without and with the LoRA that was trained."""
 
 
@@ -121,10 +121,10 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
     data_set = write_data_set(results / "data_set", material)
     for command in caching_commands(models, data_set):
         _call(command)
-    negative = write_negative(results / "training", material)
-    for command in training_commands(models, negative):
+    disc = write_disc(results / "training", material)
+    for command in training_commands(models, disc):
         _call(command)
-    _generate(models, (SIZE, SIZE), results / "trained", *negative_arguments(material, negative.lora), *pictures)
+    _generate(models, (SIZE, SIZE), results / "trained", *disc_arguments(material, disc.lora), *pictures)
     # Names begin with the time, so their order is the order of the lines.
     made = tuple(sorted((results / "one_frame").glob("*.png")))
     sweep, swept_lora, trained = (next((results / name).glob("*_sweep.png")) for name in ("sweep", "lora", "trained"))
@@ -135,8 +135,8 @@ def run_all(models: ModelPaths, material: Material, results: Path) -> Run:
         lora=swept_lora,
         video=video_path,
         data_set=data_set,
-        negative=negative,
-        negative_sweep=trained,
+        disc=disc,
+        disc_sweep=trained,
     )
 
 
@@ -159,7 +159,7 @@ def lora_arguments(material: Material, lora: Path) -> tuple[str, ...]:
     )
 
 
-def negative_arguments(material: Material, lora: Path) -> tuple[str, ...]:
+def disc_arguments(material: Material, lora: Path) -> tuple[str, ...]:
     """The cat, which the training has not seen, without the LoRA and with it."""
     return (
         *("--prompt", CAPTION, "--image_path", str(material.chelsea), "--control_image_path", str(material.chelsea)),
@@ -221,14 +221,14 @@ def data_set_sheet(run: Run) -> Image.Image:
 
 def training_sheet(material: Material, run: Run) -> Image.Image:
     """An item of the data set, the picture before and after, and the charts of the loss."""
-    folder, stem = run.negative.folder, f"{material.coffee.stem}_0"
+    folder, stem = run.disc.folder, f"{material.coffee.stem}_0"
     item = [
         (f"{name} (of {2 * NUM_CROPS})", Image.open(folder / name / f"{stem}.png")) for name in ("controls", "targets")
     ]
     title = f"A LoRA trained for {NUM_STEPS} steps: {CAPTION}"
-    before_after = Image.open(run.negative_sweep)
+    before_after = Image.open(run.disc_sweep)
     shown = contact_sheet(item, columns=2, cell_width=256, title=title)
-    return tiled([[shown, before_after], [Image.open(run.negative.loss)]])
+    return tiled([[shown, before_after], [Image.open(run.disc.loss)]])
 
 
 def heading(width: int) -> Image.Image:
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.lora,
         run.video,
         *run.data_set.previews,
-        run.negative.lora,
+        run.disc.lora,
         *pictures,
         sheet_path,
     ):

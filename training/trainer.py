@@ -178,8 +178,11 @@ class Trainer:
         return stratified_quantiles(keys, seed=self._plan.seed, epoch=epoch, num_buckets=num_buckets)
 
     def _is_interrupted(self, interruption: Interruption) -> bool:
-        """Whether any process was asked to stop."""
-        return any(self._processes.gather(interruption.number is not None))
+        """Whether any process was asked to stop; then all of them were."""
+        heard = next((number for number in self._processes.gather(interruption.number) if number is not None), None)
+        if heard is not None and interruption.number is None:
+            interruption.hear(heard, None)
+        return heard is not None
 
     # ---- between steps ----
 
