@@ -13,11 +13,16 @@ import fpack_cache_latents
 import fpack_cache_text_encoder_outputs
 import fpack_generate_video
 from common.flags import parse
+from dataset.config import load_dataset_config
+from dataset.sources import list_items
 from demo.data_set import DataSet, caching_commands, write_data_set
+from demo.loras import write_colour_lora
 from demo.material import Material
 from demo.models import ModelPaths
-from demo.run import MARGIN, heading, lines, save_sheets, sweep_arguments, tiled
+from demo.run import MARGIN, heading, lines, lora_arguments, save_sheets, sweep_arguments, tiled
+from demo.training import NUM_CROPS, training_commands, write_disc
 from options.flags_fpack_cache import FramePackCacheLatentsFlags, FramePackCacheTextsFlags
+from options.flags_fpack_train import FramePackTrainFlags, check_framepack_train
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "one_frame.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -27,7 +32,8 @@ GUIDE = DOCUMENT.parent / "dataset.md"
 GUIDE_TEXT = GUIDE.read_text(encoding="utf-8")
 CACHING_COMMANDS = re.findall(r"^python (fpack_cache_\w+\.py.*)$", GUIDE_TEXT.replace("\\\n", " "), re.MULTILINE)
 LORA_TEXT = (DOCUMENT.parent / "lora.md").read_text(encoding="utf-8")
-ALL_TEXTS = TEXT + GUIDE_TEXT + LORA_TEXT
+TRAINING_TEXT = (DOCUMENT.parent / "training.md").read_text(encoding="utf-8")
+ALL_TEXTS = TEXT + GUIDE_TEXT + LORA_TEXT + TRAINING_TEXT
 PICTURES = [DOCUMENT.parent / name for name in re.findall(r"pictures/[\w-]+\.png", ALL_TEXTS)]
 SCRIPTS = {
     "fpack_cache_latents.py": (fpack_cache_latents, FramePackCacheLatentsFlags),
@@ -65,6 +71,24 @@ def test_the_demos_own_jobs_pass_all_checks(check, material: Material, tmp_path:
     prompts.write_text("".join(f"{line}\n" for line in lines(material)), encoding="utf-8")
     assert check("--from_file", str(prompts)) == 0
     assert check(*sweep_arguments(material)) == 0
+    assert check(*lora_arguments(material, write_colour_lora(tmp_path / "色.safetensors"))) == 0
+
+
+def test_the_demos_training_is_understood_and_its_data_set_holds_the_rule(
+    demo_models: ModelPaths, material: Material, tmp_path: Path
+) -> None:
+    disc = write_disc(tmp_path / "訓練", material)
+    classes = (FramePackCacheLatentsFlags, FramePackCacheTextsFlags, FramePackTrainFlags)
+    commands = training_commands(demo_models, disc)
+    flags = [parse(known, description="", argv=argv[1:]) for known, argv in zip(classes, commands, strict=True)]
+    check_framepack_train(flags[2])
+    (dataset,) = load_dataset_config(disc.config).datasets
+    items = list_items(dataset).items
+    assert len(items) == 2 * NUM_CROPS and all(len(item.control_paths) == 1 for item in items)
+    targets = {Path(item.path).read_bytes() for item in items}
+    controls = {Path(item.control_paths[0]).read_bytes() for item in items}
+    assert len(targets) == 1 and len(controls) == len(items), "every control image becomes the same disc"
+    assert disc.lora == Path(flags[2].saving.output_dir) / f"{flags[2].saving.output_name}.safetensors"
 
 
 @pytest.mark.parametrize("command", CACHING_COMMANDS)
@@ -114,7 +138,7 @@ def test_the_demos_results_are_what_their_masks_leave_of_the_controls(data_set: 
 def test_the_documents_pictures_are_there_and_small_and_no_others() -> None:
     assert set(PICTURES) == set((DOCUMENT.parent / "pictures").iterdir())
     sizes = [path.stat().st_size for path in PICTURES]
-    assert max(sizes) < 250_000 and sum(sizes) < 1_000_000
+    assert max(sizes) < 250_000 and sum(sizes) < 1_500_000
 
 
 @pytest.mark.parametrize("text", [TEXT, GUIDE_TEXT], ids=["one_frame", "dataset"])
