@@ -222,9 +222,8 @@ def data_set_sheet(run: Run) -> Image.Image:
 def training_sheet(material: Material, run: Run) -> Image.Image:
     """An item of the data set, the picture before and after, and the charts of the loss."""
     folder, stem = run.disc.folder, f"{material.coffee.stem}_0"
-    item = [
-        (f"{name} (of {2 * NUM_CROPS})", Image.open(folder / name / f"{stem}.png")) for name in ("controls", "targets")
-    ]
+    labels = {"controls": f"one of {2 * NUM_CROPS} controls", "targets": "its target"}
+    item = [(label, Image.open(folder / name / f"{stem}.png")) for name, label in labels.items()]
     title = f"A LoRA trained for {NUM_STEPS} steps: {CAPTION}"
     before_after = Image.open(run.disc_sweep)
     shown = contact_sheet(item, columns=2, cell_width=256, title=title)

@@ -24,7 +24,8 @@ from options.lora import PromptLora
 
 KINDS = {"LoRA": lora_framepack, "LoHa": loha, "LoKr": lokr}
 TINY = ("--video_size", "32", "32", "--infer_steps", "2", "--one_frame_inference", "default", "--seed", "1")
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5
+"""Of latents after two steps, in which the rounding of single forwards (1e-5 at most) grows."""
 
 
 @pytest.fixture(scope="module")

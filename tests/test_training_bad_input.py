@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from common.weights import Checkpoint
 from tests.training_builders import write_data_set
-from tests.training_driver import NAME, Workshop, final_file, item, train, write_workshop
+from tests.training_driver import NAME, Workshop, final_file, item, metadata, train, write_workshop
 
 LINE = re.compile(r"[^:]+: got .+; expected .+; .+")
 
@@ -144,13 +144,6 @@ def test_a_cache_that_lacks_what_the_model_needs(other, refused):
         tensors, said = load_file(cache), metadata(cache)
         save_file({key: tensor for key, tensor in tensors.items() if "clip_l" not in key}, cache, said)
     assert "caches without clip_l_pooler" in refused(other)
-
-
-def metadata(file: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="pt") as opened:
-        return opened.metadata()
 
 
 def test_a_validation_set_is_checked_too(other, refused, workshop):

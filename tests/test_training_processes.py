@@ -13,8 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training_builders import difference
-from tests.training_driver import NAME, NUM_KILLS, Workshop, final_file, output_of, train, trained, write_workshop
+from tests.training_builders import difference, write_data_set
+from tests.training_driver import (
+    NAME,
+    NUM_KILLS,
+    Workshop,
+    final_file,
+    item,
+    output_of,
+    spoil,
+    train,
+    trained,
+    write_workshop,
+)
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
 CLOCK = {"SOURCE_DATE_EPOCH": "1700000000"}
@@ -118,11 +129,15 @@ def commands(workshop) -> dict[str, list[str]]:
     folder, dropout = workshop.folder, {"network_dropout": 0.3, "max_train_steps": 9}
     alike = {"dataset_config": even, "optimizer_type": "SGD", "learning_rate": 0.5, "max_grad_norm": 0.1}
     saves = {"save_every_n_steps": 4, "save_state": True}
+    bad = write_data_set(folder / "壊れた", {name: item(1) for name in ("a", "b", "c", "猫")}, batch_size=1)
+    spoil(bad, "猫")
     return {
         "alike": workshop.command(folder / "alike", **alike, **saves, max_train_steps=7),
         "undisturbed": workshop.command(folder / "undisturbed", **dropout),
         "interrupted": ["signalled 5", *workshop.command(folder / "interrupted", **dropout)],
         "resumed": workshop.command(folder / "interrupted", **dropout, resume="auto"),
+        "spoilt": workshop.command(folder / "spoilt", dataset_config=bad, seed=2),
+        "refused": workshop.command(workshop.dit),
     }
 
 
@@ -158,11 +173,27 @@ def test_of_several_processes_one_writes(told):
 
 def test_a_signal_to_one_process_stops_both_and_they_go_on_exactly(told, commands):
     for one in told:
-        assert one["codes"] == {"alike": 0, "undisturbed": 0, "interrupted": 128 + signal.SIGTERM, "resumed": 0}
+        codes = [one["codes"][name] for name in ("undisturbed", "interrupted", "resumed")]
+        assert codes == [0, 128 + signal.SIGTERM, 0]
     undisturbed, resumed = (final_file(commands[name]).read_bytes() for name in ("undisturbed", "resumed"))
     assert undisturbed == resumed
-    state = output_of(commands["resumed"]) / f"{NAME}-step00000005-state"
-    assert {"rng_0.pt", "rng_1.pt"} <= {file.name for file in state.iterdir()}
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_both_and_saves_what_was_trained(told, commands):
+    assert [one["codes"]["spoilt"] for one in told] == [1, 1]
+    (file,) = output_of(commands["spoilt"]).glob("*-step00000001.safetensors")  # 猫 is in the second of two steps
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_what_the_first_process_refuses_all_refuse(told):
+    """A folder that cannot be written to: the others would wait for it."""
+    assert [one["codes"]["refused"] for one in told] == [2, 2]
+
+
+def test_every_process_has_random_numbers_of_its_own(told, commands):
+    """Those of a run that has not used any are as they were at first."""
+    state = output_of(commands["alike"]) / f"{NAME}-step00000004-state"
+    assert not torch.equal(*(torch.load(state / f"rng_{rank}.pt")["torch"] for rank in (0, 1)))
 
 
 # ---- accelerate ----

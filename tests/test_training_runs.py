@@ -17,7 +17,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,13 +39,16 @@ from tests.training_driver import (
     after_step,
     final_file,
     item,
+    metadata,
     output_of,
+    spoil,
     train,
     trained,
     write_workshop,
 )
 from training.objective import Objective
 from training.timesteps import draw_noise, item_seed
+from training.tracking import Trackers
 from training.validation import SEED, SIGMAS
 
 TOLERANCE = 1e-5
@@ -80,11 +82,6 @@ def steps(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def names_in(folder: Path) -> set[str]:
     return {path.name.removeprefix(NAME).removesuffix(".safetensors") for path in folder.iterdir()}
-
-
-def metadata(file: Path) -> dict[str, str]:
-    with safe_open(str(file), framework="pt") as opened:
-        return opened.metadata()
 
 
 def recorded(folder: Path, name: str = "-state") -> dict:
@@ -130,11 +127,31 @@ def test_a_run_that_goes_on_from_any_of_its_states_ends_with_the_same_bytes(way,
     assert final_file(watched).read_bytes() == wanted, "saving changes nothing"
     for step in (3, 5):  # an epoch's end, and its middle
         state = output_of(watched) / f"{NAME}-step{step:08d}-state"
-        resumed = command(tmp_path / f"from {step}", resume=state)
+        resumed = command(tmp_path / f"from {step}", resume=state, save_state_on_train_end=True)
         assert train(resumed) == 0
         assert final_file(resumed).read_bytes() == wanted, f"from step {step}"
-        assert names_in(output_of(resumed)) == {""}
+        assert names_in(output_of(resumed)) == {"", "-state"}
+        assert recorded(output_of(resumed)) == recorded(output_of(watched)), "averages and reports, too"
     assert metadata(final_file(watched))["ss_steps"] == "6"
+
+
+def test_files_of_a_schedule_free_optimizer_hold_its_averages_and_states_what_it_trains(workshop, tmp_path):
+    """Saved is x, trained is y = (1 - beta) z + beta x. Source: Defazio et al., "The Road Less Scheduled", 2024."""
+    command = workshop.command(tmp_path, **WAYS["schedule-free"], save_state=True)
+    saved, state = trained(command), tmp_path / f"{NAME}-state"
+    ys, zs = load_file(state / "network.safetensors"), torch.load(state / "optimizer.pt")["state"]
+    network = lora_framepack.create_network(build_transformer(), dim=3, alpha=1.0, args={})
+    for (name, _), z in zip(network.named_parameters(), zs.values(), strict=True):
+        torch.testing.assert_close((ys[name] - 0.1 * z["z"]) / 0.9, saved[name], rtol=1e-4, atol=1e-6)
+    assert difference(steps(saved), steps(ys)) > 1e-2
+
+
+def test_an_epochs_last_batches_weigh_as_much_as_others_when_they_are_fewer_than_accumulated(workshop, run, tmp_path):
+    """One batch in an epoch: there is nothing to accumulate."""
+    data = write_data_set(tmp_path / "データ", {"猫": item(1)}, batch_size=1)
+    wanted = run("one", dataset_config=data, optimizer_type="SGD", max_grad_norm=0)
+    found = run("three", dataset_config=data, optimizer_type="SGD", max_grad_norm=0, gradient_accumulation_steps=3)
+    assert difference(found, wanted) == 0
 
 
 @pytest.fixture(scope="module")
@@ -197,17 +214,61 @@ def test_a_finished_run_can_be_made_longer_and_auto_finds_its_state(workshop, tm
 
 def test_a_changed_learning_rate_counts_and_is_told(workshop, tmp_path, caplog):
     """The same gradients at half the rate make half the step."""
-    command = partial(workshop.command, optimizer_type="SGD", max_grad_norm=0)
+    warmup = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}
+    command = partial(workshop.command, optimizer_type="SGD", max_grad_norm=0, **warmup)
     first = command(tmp_path / "first", max_train_steps=3, save_state=True)
     before, state = trained(first), tmp_path / "first" / f"{NAME}-state"
     same = trained(command(tmp_path / "same", max_train_steps=4, resume=state))
-    changes = {"learning_rate": 0.005, "network_args": ("verbose=True",)}
+    changes = {"learning_rate": 0.005, "lr_warmup_steps": 3, "network_args": ("verbose=True",)}
     half = trained(command(tmp_path / "half", max_train_steps=4, resume=state, **changes))
     for name in steps(before):
         torch.testing.assert_close(half[name] - before[name], (same[name] - before[name]) / 2, rtol=1e-3, atol=1e-7)
     assert "learning_rate was 0.01, is 0.005 now" in caplog.messages
     assert "max_train_steps was 3, is 4 now" in caplog.messages
+    assert "lr_warmup_steps was 2, is 3 now" in caplog.messages
     assert not [message for message in caplog.messages if "verbose" in message]
+
+
+class Recorder:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+        self.epochs: dict[int, tuple[int, float]] = {}
+
+    def log(self, values, *, step: int) -> None:
+        self.steps[step] = self.steps.get(step, {}) | values
+
+    def log_epoch(self, values, *, epoch: int, step: int) -> None:
+        self.epochs[epoch] = step, values["loss/epoch"]
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_step_and_epoch_is_logged_once_with_the_same_numbers_after_an_interruption(
+    workshop, tmp_path, monkeypatch
+):
+    def logged(recorder: Recorder, *commands: list[str]) -> Recorder:
+        monkeypatch.setattr("training.trainer.open_trackers", lambda *_, **rest: Trackers({"recorder": recorder}))
+        return [train(command) for command in commands] and recorder
+
+    changes = HARD | {"lr_scheduler": "linear", "scale_weight_norms": 0.1}
+    whole = logged(Recorder(), workshop.command(tmp_path / "whole", **changes))
+    command, parts = workshop.command(tmp_path / "parts", **changes, resume="auto"), Recorder()
+    with after_step(5, lambda: signal.raise_signal(signal.SIGTERM)):
+        logged(parts, command)
+    assert list(parts.steps) == [1, 2, 3, 4, 5]
+    logged(parts, command)
+    assert parts.steps == whole.steps and parts.epochs == whole.epochs
+    assert list(whole.steps) == list(range(1, 10)) and [step for step, _ in whole.epochs.values()] == [3, 6, 9]
+    names = {"loss/current", "loss/average", "lr/unet", "lr/unet plus", *NORMS}
+    assert all(values.keys() == names for values in whole.steps.values())
+    assert [whole.steps[step]["lr/unet"] for step in (1, 9)] == pytest.approx([0.01 * 8 / 9, 0])
+    assert whole.steps[6]["loss/average"] == whole.epochs[2][1]
+
+
+NORMS = {"max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm"}
 
 
 # ---- what is saved ----
@@ -368,21 +429,17 @@ def four_items(tmp_path_factory) -> Path:
 def spoilt(request, four_items, monkeypatch) -> tuple[str, Path]:
     """(what is no number when 猫 is trained, the data set)."""
     if request.param == "the loss":
-        (cache,) = four_items.parent.glob("cache/猫_*_fp.safetensors")
-        tensors, said = load_file(cache), metadata(cache)
-        key = next(key for key in tensors if key.startswith("latents_1x"))
-        save_file(tensors | {key: torch.full_like(tensors[key], torch.nan)}, cache, said)
-        request.addfinalizer(lambda: save_file(tensors, cache, said))
+        request.addfinalizer(spoil(four_items, "猫"))
         return request.param, four_items
 
-    def spoil(self, batch, **rest):
+    def lose(self, batch, **rest):
         result = loss_of(self, batch, **rest)
         if batch.items[0].name.startswith("猫"):
             result.weighted.register_hook(lambda gradient: gradient * torch.nan)
         return result
 
     loss_of = Objective.__call__
-    monkeypatch.setattr(Objective, "__call__", spoil)
+    monkeypatch.setattr(Objective, "__call__", lose)
     return request.param, four_items
 
 

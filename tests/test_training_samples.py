@@ -143,7 +143,8 @@ def test_a_one_frame_sample_is_generations_picture(models, trained, material, tm
     (picture,) = (tmp_path / "out").glob("*.png")
     (without,) = (tmp_path / "without").glob("*.png")
     (latents,) = (tmp_path / "out").glob("*.safetensors")
-    assert difference(architecture.opened[-1].latents, load_latents(latents, flag="x")[0]) <= 1e-5
+    # After two steps; the rounding of a single forward grows in them.
+    assert difference(architecture.opened[-1].latents, load_latents(latents, flag="x")[0]) <= 5e-5
     assert abs(pixels(sample) - pixels(picture)).max() <= 1
     assert abs(pixels(sample) - pixels(without)).max() > 4, "the LoRA has an effect"
 

@@ -25,7 +25,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,21 @@ def add_keys(data: Path, *lines: str) -> Path:
     """Adds keys to the last table of a data set file."""
     data.write_text("\n".join([data.read_text(encoding="utf-8"), *lines, ""]), encoding="utf-8")
     return data
+
+
+def spoil(data: Path, name: str) -> Callable[[], None]:
+    """Makes an item's cached latents NaN; call the result to make them good again."""
+    (cache,) = data.parent.glob(f"cache/{name}_*_fp.safetensors")
+    tensors, said = load_file(cache), metadata(cache)
+    key = next(key for key in tensors if key.startswith("latents_1x"))
+    save_file(tensors | {key: torch.full_like(tensors[key], torch.nan)}, cache, said)
+    return lambda: save_file(tensors, cache, said)
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """Of a safetensors file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.metadata()
 
 
 def train(command: Sequence[str]) -> int:

@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from dataset.config import DatasetConfig, load_dataset_config
 from dataset.training_dataset import TrainingDataset
 from networks.lora_merge import LoraMerge, plan_merge
 from networks.network import Network
-from options.errors import UserError
+from options.errors import UserError, UserErrors
 from options.flags_saving import AUTO, HubFolder
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
@@ -86,8 +87,7 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     device = pick_device(processes.device_name(flags.devices.device))
     mixed_precision = _mixed_precision(flags, device)
     check_trackers(flags.tracking)
-    if processes.is_main:
-        check_writable_folder(flags.saving.output_dir, flag="--output_dir")
+    _check_in_main(processes, lambda: check_writable_folder(flags.saving.output_dir, flag="--output_dir"))
     resume = _resume_folder(flags, processes)
     seed = _seed(flags, resume, processes)
 
@@ -120,10 +120,10 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     )
     if resume:
         check_state(resume, fingerprint)
-    if processes.is_main:
-        _check_room(saves, network, flags, step=state_step(resume) if resume else 0)
-        if flags.upload.huggingface_repo_id is not None:
-            Uploader(flags.upload).prepare()
+    step = state_step(resume) if resume else 0
+    _check_in_main(processes, lambda: _check_room(saves, network, flags, step=step))
+    if flags.upload.huggingface_repo_id is not None:
+        _check_in_main(processes, lambda: Uploader(flags.upload).prepare())
     return TrainPlan(
         device=device,
         dtype=_transformer_dtype(mixed_precision, device),
@@ -142,6 +142,19 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         fingerprint=fingerprint,
         settings=_settings(flags, mixed_precision, saves.num_steps),
     )
+
+
+def _check_in_main(processes: Processes, check: Callable[[], object]) -> None:
+    """Checks in the first process and complains in all: the others would wait for it."""
+    failure: UserError | None = None
+    try:
+        if processes.is_main:
+            check()
+    except UserError as error:
+        failure = error
+    told = processes.gather(failure and str(failure))[0]
+    if told is not None:
+        raise failure or UserErrors([told])
 
 
 def _save_plan(flags: TrainFlags, dataset: TrainingDataset, processes: Processes) -> SavePlan:
@@ -228,7 +241,7 @@ def _base_model(architecture: Architecture, merge: LoraMerge) -> str:
 def _settings(flags: TrainFlags, mixed_precision: str, num_steps: int) -> dict[str, object]:
     network = flags.network
     return {
-        **{name: str(value) for name, value in asdict(flags.optimizer).items()},
+        **{field.name: str(getattr(flags.optimizer, field.name)) for field in fields(flags.optimizer)},
         **asdict(flags.timesteps),
         "network_dropout": network.network_dropout,
         "scale_weight_norms": network.scale_weight_norms,
