@@ -48,7 +48,7 @@ class Processes:
 
     def device_name(self, given: str | None) -> str | None:
         """What was asked for; else the CPU with `accelerate launch --cpu`; else, of several processes, its own GPU."""
-        if given is not None:
+        if given is not None and (given != "cuda" or self.world == 1):
             return given
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             return "cpu"
@@ -56,7 +56,12 @@ class Processes:
             return None
         import torch
 
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return given
+        if self.local_rank >= torch.cuda.device_count():
+            got = f"process {self.local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs"
+            raise UserError("--num_processes", got, "a GPU for each process", "start fewer, or use --device cpu")
+        return f"cuda:{self.local_rank}"
 
 
 @contextmanager

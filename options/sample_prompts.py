@@ -198,7 +198,7 @@ def _toml_entries(text: str) -> list[tuple[int, object]]:
     if not isinstance(common, Mapping):
         raise UserError(PROMPT, _shown(common), "a table", "write [prompt], and [[prompt.subset]] above each prompt")
     shared = {key: value for key, value in common.items() if key != SUBSET}
-    for key in shared:
+    for key in shared.keys() - {PROMPT}:
         _known(key, f"[{PROMPT}]")
     subsets = common.get(SUBSET, [{}] if shared else [])
     if not isinstance(subsets, list) or not all(isinstance(subset, Mapping) for subset in subsets):

@@ -105,6 +105,6 @@ def shown(name: str, arguments: Mapping[str, Any]) -> str:
 def _import(module: str, name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # what a module does when it is imported is its own affair
         remedy = f"install the package that holds it, or correct the name ({error})"
         raise UserError(where, name, f"a module {module} that can be imported", remedy) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from options.errors import UserError, did_you_mean
 from options.flags_train import NetworkFlags
 from options.key_values import split_pairs
 from options.lora import LoraChoice
+from training.classes import attempt
 
 MODULES = ("networks.lora_framepack", "networks.lora_wan", "networks.loha", "networks.lokr")
 WEIGHTS_FLAG = "--network_weights"
@@ -44,7 +46,8 @@ def open_network(flags: NetworkFlags, transformer: nn.Module, *, seed: int) -> N
         if flags.network_weights is None:
             raise UserError("--dim_from_weights", "no file", f"{WEIGHTS_FLAG} beside it", f"add {WEIGHTS_FLAG}")
         return _as_asked(network_from_tensors(transformer, _weights(flags), where=_where(flags)), flags)
-    network = module.create_network(
+    create = partial(
+        module.create_network,
         transformer,
         dim=flags.network_dim,
         alpha=flags.network_alpha,
@@ -52,6 +55,7 @@ def open_network(flags: NetworkFlags, transformer: nn.Module, *, seed: int) -> N
         args=network_arguments(flags),
         seed=seed,
     )
+    network = attempt("--network_module", flags.network_module, create)
     if flags.network_weights is not None:
         network.load_tensors(_weights(flags), where=_where(flags))
     return network
@@ -95,7 +99,7 @@ def _as_asked(network: Network, flags: NetworkFlags) -> Network:
 def _import(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # what a module does when it is imported is its own affair
         known = [module for module in MODULES if find_spec(module)]
         remedy = f"use one of {', '.join(known)} ({error})"
         remedy = remedy if name in MODULES else did_you_mean(name, known, remedy)

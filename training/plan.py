@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import secrets
@@ -34,6 +35,8 @@ from training.states import check_state, recorded_fingerprint, state_step
 from training.timesteps import check_reachable
 from training.tracking import check_trackers
 from training.upload import Uploader, download_state
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_FLAG = "--base_weights"
@@ -120,13 +123,19 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     )
     if resume:
         check_state(resume, fingerprint)
+        if flags.network.network_weights is not None:
+            logger.warning("--network_weights has no effect beside --resume: the state has its own weights")
     step = state_step(resume) if resume else 0
+    if step > saves.num_steps:
+        expected = f"at most the {saves.num_steps} steps of this run"
+        remedy = "give more --max_train_steps or --max_train_epochs"
+        raise UserError("--resume", f"{resume}, a state after step {step}", expected, remedy)
     _check_in_main(processes, lambda: _check_room(saves, network, flags, step=step))
     if flags.upload.huggingface_repo_id is not None:
         _check_in_main(processes, lambda: Uploader(flags.upload).prepare())
     return TrainPlan(
         device=device,
-        dtype=_transformer_dtype(mixed_precision, device),
+        dtype=_transformer_dtype(device),
         mixed_precision=mixed_precision,
         seed=seed,
         dataset=dataset,
@@ -201,10 +210,9 @@ def _mixed_precision(flags: TrainFlags, device: torch.device) -> str:
     return chosen
 
 
-def _transformer_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """Mixed precision asks for its own type; else the published bfloat16 on a GPU, float32 on a CPU."""
-    default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES.get(mixed_precision, default)
+def _transformer_dtype(device: torch.device) -> torch.dtype:
+    """The published bfloat16 on a GPU, float32 on a CPU, as in generation: mixed precision is the network's."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _resume_folder(flags: TrainFlags, processes: Processes) -> Path | None:

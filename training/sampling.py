@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -196,23 +196,34 @@ class Samples:
                     )
         return encoded
 
-    def make(self, transformer: nn.Module, *, step: int, epoch: int | None = None, session: int) -> None:
+    def make(
+        self,
+        transformer: nn.Module,
+        *,
+        step: int,
+        epoch: int | None = None,
+        session: int,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Generates and saves a sample of every prompt; all processes call it. Random numbers are as they were.
 
         Args:
             transformer: with the network applied, in evaluation mode; it stays where it is.
             epoch: the one that ended with this step, from 1; None inside of one.
             session: of the run, so that its sheets show its own samples only; the main process's counts.
+            is_stopping: asked before each prompt; the rest is left out when it is true.
         """
         session = self._processes.gather(session)[0]
         with _same_random_numbers(self._device):
-            made = self._make_own(transformer, _Occasion(step=step, epoch=epoch, session=session))
+            made = self._make_own(transformer, _Occasion(step=step, epoch=epoch, session=session), is_stopping)
         everyones = [sample for samples in self._processes.gather(made) for sample in samples]
         for number, path in sorted(everyones):
             if path.is_file():  # another machine's may not be here
                 self.tracker.log_sample(number, path, step=step)
 
-    def _make_own(self, transformer: nn.Module, occasion: _Occasion) -> list[tuple[int, Path]]:
+    def _make_own(
+        self, transformer: nn.Module, occasion: _Occasion, is_stopping: Callable[[], bool]
+    ) -> list[tuple[int, Path]]:
         """(number of the prompt, file) of what was made."""
         report, made = Report(), []
         if not self._encoded:
@@ -221,6 +232,8 @@ class Samples:
             pipeline = self._lent(transformer)
             with pipeline.denoiser() as denoise:
                 for encoded in self._encoded:
+                    if is_stopping():
+                        break
                     with report.of(occasion.about(encoded.job)):
                         path = self._make_one(pipeline, denoise, encoded, occasion)
                         made.append((encoded.number, path))

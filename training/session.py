@@ -21,6 +21,7 @@ from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+MAX_MINUTES = 10**7
 Flags = TypeVar("Flags", bound=TrainFlags)
 
 
@@ -38,7 +39,7 @@ def run_training(flags: Flags, open_architecture: Callable[[Flags], Architecture
         return 0
     _set_backends(flags)
     minutes = flags.devices.ddp_timeout
-    with joined_processes(timedelta(minutes=minutes) if minutes else PATIENCE) as processes:
+    with joined_processes(timedelta(minutes=min(minutes, MAX_MINUTES)) if minutes else PATIENCE) as processes:
         if not processes.is_main:
             logging.getLogger().setLevel(logging.WARNING)
         architecture = open_architecture(flags)

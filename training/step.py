@@ -24,6 +24,9 @@ from training.states import RunState
 
 logger = logging.getLogger(__name__)
 
+MAX_OVERFLOWS = 20
+"""Steps in a row that fp16 may leave out while it looks for its scale: then 65536 has become less than 1."""
+
 
 class NotFinite(Exception):
     """A loss or gradient is not a number, and `--on_nan` says to stop. The message names the batch."""
@@ -74,6 +77,8 @@ class Stepper:
             group.setdefault("initial_lr", group["lr"])
         self._scheduler = create_scheduler(flags.optimizer, self.optimizer, num_steps=num_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
+        self._num_overflows = 0
+        """Steps that fp16 has left out since the last one that it took."""
         train_mode(self.optimizer)
 
     def take(
@@ -120,15 +125,25 @@ class Stepper:
         if not all(math.isfinite(loss) for own in everyones for loss in own):
             bad = [batch for batch, loss in zip(group, losses, strict=True) if not math.isfinite(loss)]
             return f"the loss is not a number, with {_names(bad) or 'the batch of another process'}"
-        # With fp16, gradients overflow now and then: the scaler then leaves the step out and scales less.
-        if self._scaler.is_enabled() or bool(norm.isfinite()):
+        if bool(norm.isfinite()):
+            self._num_overflows = 0
             return None
-        return f"the gradient is not a number, with {_names(group)}"
+        self._num_overflows += 1
+        # With fp16, gradients overflow now and then: the scaler then leaves the step out and scales less.
+        if self._scaler.is_enabled() and self._num_overflows < MAX_OVERFLOWS:
+            logger.info("the gradients overflow in fp16 with %s: the step is left out", _names(group))
+            return None
+        in_a_row = f" in {self._num_overflows} steps in a row, the last" if self._scaler.is_enabled() else ","
+        return f"the gradient is not a number{in_a_row} with {_names(group)}"
 
     def _report(self, message: str) -> None:
         if self._flags.run.on_nan == "stop":
             raise NotFinite(f"{message}; look at its caches, lower --learning_rate, or use --on_nan skip")
         logger.warning("%s; the step is left out", message)
+
+    def forget_gradients(self) -> None:
+        """Frees them after a step that could not be finished."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     # ---- states ----
 

@@ -19,7 +19,7 @@ from common.processes import Processes
 from dataset.epochs import ItemKey, Position, stable_number
 from dataset.training_dataset import BatchLoader, TrainBatch
 from modules.checkpointing import Checkpointing
-from options.errors import UserError, UserErrors
+from options.errors import UserError, UserErrors, one_line
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.checkpoints import CheckpointWriter, Save
@@ -65,6 +65,9 @@ class Trainer:
         self._session = Session.start(self._clock(), seed=plan.seed)
         self.step, self.position = 0, Position()
         self._average, self._report = LossAverage(), LossReport()
+        self._interruption = Interruption()
+        self._step_with_state: int | None = None
+        """The last step whose state is on the disk."""
 
         transformer = architecture.load_transformer(dtype=plan.dtype, device=plan.device, merge=plan.merge)
         self.network = plan.network.to(plan.device).train()
@@ -118,40 +121,78 @@ class Trainer:
             listening() as interruption,
             self._progress() as self._bar,
         ):
+            self._interruption = interruption
             if self.step == 0:
                 self._sample(epoch_end=None)
                 self._validate(epoch_end=None)
             while self.step < self._plan.num_steps:
-                if self._epoch(interruption):
+                if self._is_interrupted() or self._epoch():
                     logger.warning("stopped after step %d of %d", self.step, self._plan.num_steps)
                     return interruption.exit_code
             self._save(self._plan.saves.at_end())
             self._draw_report()
         return 0
 
-    def _epoch(self, interruption: Interruption) -> bool:
+    def _epoch(self) -> bool:
         """Trains to the end of the epoch or of the run. Returns whether it was interrupted."""
         epoch = self.position.epoch
         quantiles = self._quantiles(epoch)
         batches = self._loader.epoch(self.position)
         first = self.position.batch // self._processes.world
-        for place, group in self._groups(batches, first):
-            result = self._take(group, epoch, quantiles)
+        groups = self._groups(batches, first)
+        while self.step < self._plan.num_steps:
+            with self._rescuing():
+                place, group = next(groups, (0, None))
+                if group is None:
+                    return False
+                result = self._stepper.take(group, step=self.step + 1, epoch=epoch, quantiles=quantiles)
             self.step += 1
             self.position = group[-1].after
             self._log(result, place)
-            is_epoch_end = self.position.epoch > epoch
-            if is_epoch_end:
-                self._trackers.log_epoch({"loss/epoch": self._average.value}, epoch=epoch + 1, step=self.step)
-            self._save_if_due(epoch + 1 if is_epoch_end else None)
-            self._sample(epoch_end=epoch + 1 if is_epoch_end else None)
-            self._validate(epoch_end=epoch + 1 if is_epoch_end else None)
-            if self._is_interrupted(interruption) and self.step < self._plan.num_steps:
-                self._save(self._plan.saves.when_interrupted(self.step))
+            epoch_end = epoch + 1 if self.position.epoch > epoch else None
+            if epoch_end is not None:
+                self._trackers.log_epoch({"loss/epoch": self._average.value}, epoch=epoch_end, step=self.step)
+            self._save_if_due(epoch_end)
+            if self._saved_for_interruption():
                 return True
-            if self.step == self._plan.num_steps:
-                break
+            self._sample(epoch_end=epoch_end)
+            self._validate(epoch_end=epoch_end)
+            if self._saved_for_interruption():
+                return True
         return False
+
+    def _saved_for_interruption(self) -> bool:
+        """Whether the run was asked to stop; then what is needed to go on is saved. The last step ends it anyway."""
+        if self.step == self._plan.num_steps or not self._is_interrupted():
+            return False
+        self._save_progress()
+        return True
+
+    def _save_progress(self) -> None:
+        """Makes sure that file and state of this step are there."""
+        if self.step and self._step_with_state != self.step:
+            self._save(self._plan.saves.when_interrupted(self.step))
+
+    @contextmanager
+    def _rescuing(self) -> Iterator[None]:
+        """Saves what was trained before a step that cannot be made: too little memory, a cache that is gone.
+
+        Of several processes the others know nothing of it, so that only what all of them notice can be saved.
+        """
+        try:
+            yield
+        except NotFinite:
+            self._save_progress()
+            raise
+        except Exception as error:
+            self._stepper.forget_gradients()
+            if self._processes.world == 1:
+                self._save_progress()
+            if isinstance(error, torch.OutOfMemoryError):
+                expected = "memory for this step"
+                remedy = "use --gradient_checkpointing, a smaller batch_size or resolution, or a smaller --network_dim"
+                raise UserError(f"step {self.step + 1}", one_line(str(error))[:200], expected, remedy) from error
+            raise
 
     def _groups(self, batches: Iterator[TrainBatch], first: int) -> Iterator[tuple[int, list[TrainBatch]]]:
         """(number in the epoch of its first batch, batches of one optimizer step); the last one may be smaller."""
@@ -162,14 +203,6 @@ class Trainer:
                 return
             yield place, group
 
-    def _take(self, group: Sequence[TrainBatch], epoch: int, quantiles: Mapping[ItemKey, float] | None) -> StepResult:
-        try:
-            return self._stepper.take(group, step=self.step + 1, epoch=epoch, quantiles=quantiles)
-        except NotFinite:
-            if self.step:
-                self._save(self._plan.saves.when_interrupted(self.step))
-            raise
-
     def _quantiles(self, epoch: int) -> Mapping[ItemKey, float] | None:
         """With `--num_timestep_buckets`, which part of the noise levels each item of an epoch sees."""
         if (num_buckets := self._flags.timesteps.num_strata) is None:
@@ -177,8 +210,9 @@ class Trainer:
         keys = [key for bucket in self._plan.dataset.buckets for key in bucket.keys]
         return stratified_quantiles(keys, seed=self._plan.seed, epoch=epoch, num_buckets=num_buckets)
 
-    def _is_interrupted(self, interruption: Interruption) -> bool:
+    def _is_interrupted(self) -> bool:
         """Whether any process was asked to stop; then all of them were."""
+        interruption = self._interruption
         heard = next((number for number in self._processes.gather(interruption.number) if number is not None), None)
         if heard is not None and interruption.number is None:
             interruption.hear(heard, None)
@@ -201,24 +235,26 @@ class Trainer:
         saves = self._plan.saves
         due = [saves.after_step(self.step), saves.after_epoch(epoch) if epoch is not None else None]
         for save in filter(None, due):
-            if self.step < self._plan.num_steps or save.name != self._flags.saving.output_name:
-                self._save(save)
+            self._save(save)
 
     def _save(self, save: Save) -> None:
         """All processes come here; the first one writes."""
         rng = self._processes.gather(random_state(self._plan.device)) if save.has_state else []
-        extra = self._processes.gather(self._report.state())
+        reports = self._processes.gather(self._report.state()) if save.has_state else []
         failure: UserError | None = None
         if self._processes.is_main:
-            state = self._state(tuple(rng), extra) if save.has_state else None
+            state = self._state(tuple(rng), reports) if save.has_state else None
             try:
-                self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
+                is_saved = self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
+                if is_saved and save.has_state:
+                    self._step_with_state = self.step
             except UserError as error:
                 failure = error
         # Told to all, or the others would wait for the first process for ever.
         told = next(filter(None, self._processes.gather(failure and str(failure))), None)
         if told is not None:
             raise failure or UserErrors([told])
+        self._step_with_state = self._processes.gather(self._step_with_state)[0]
 
     def _write_file(self, path: Path) -> None:
         flags, plan, architecture = self._flags, self._plan, self._architecture
@@ -248,15 +284,30 @@ class Trainer:
     def _sample(self, *, epoch_end: int | None) -> None:
         if self._samples is None or not sample_due(self._flags.samples, step=self.step, epoch_end=epoch_end):
             return
+        every = self._flags.samples.sample_every_n_epochs
+        epoch = epoch_end if every and epoch_end is not None and epoch_end % every == 0 else None
         with self._evaluating():
-            self._samples.make(self.transformer, step=self.step, epoch=epoch_end, session=self._session.id)
+            self._samples.make(
+                self.transformer,
+                step=self.step,
+                epoch=epoch,
+                session=self._session.id,
+                is_stopping=lambda: self._interruption.number is not None,
+            )
         self._processes.gather(None)
 
     def _validate(self, *, epoch_end: int | None) -> None:
         if self._plan.validation is None or not self._flags.validation.is_due(step=self.step, epoch_end=epoch_end):
             return
         with self._evaluating():
-            loss = validation_loss(self._objective, self._plan.validation, self._processes)
+            loss = validation_loss(
+                self._objective,
+                self._plan.validation,
+                self._processes,
+                is_stopping=lambda: self._interruption.number is not None,
+            )
+        if loss is None:
+            return
         if self._processes.is_main:
             self._report.add_validation(self.step, loss)
         self._trackers.log({"loss/validation": loss}, step=self.step)

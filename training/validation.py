@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -18,14 +19,29 @@ SEED = 0
 """Not the run's, so that runs can be compared."""
 
 
-def validation_loss(objective: Objective, dataset: TrainingDataset, processes: Processes) -> float:
-    """The mean over all items and `SIGMAS`, without weighting; every process takes its share of the batches."""
-    reader, losses = dataset.reader(), []
+def validation_loss(
+    objective: Objective,
+    dataset: TrainingDataset,
+    processes: Processes,
+    *,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """The mean over all items and `SIGMAS`, without weighting; every process takes its share of the batches.
+
+    Args:
+        is_stopping: asked before each batch; None is returned when it was true in any process.
+    """
+    reader, losses, is_whole = dataset.reader(), [], True
     for batch in processes.share(epoch_batches(dataset.buckets, seed=SEED, epoch=0)):
+        if is_stopping():
+            is_whole = False
+            break
         items = TrainBatch(contents=reader.read(batch), items=batch, after=Position())
         for sigma in SIGMAS:
             seeds = [item_seed(SEED, round(1000 * sigma), key) for key in batch]
             with torch.no_grad():
                 losses += objective.at(items, torch.full((len(batch),), sigma), seeds).losses.tolist()
+    if not all(processes.gather(is_whole)):
+        return None
     everyones = [loss for own in processes.gather(losses) for loss in own]
     return math.fsum(everyones) / len(everyones)
