@@ -310,3 +310,15 @@ def test_whatever_is_written_is_understood_or_refused_in_one_line(tmp_path, seed
         except UserError as error:
             lines = str(error).split("\n")
             assert 1 <= len(lines) <= 2 and all(": got " in line for line in lines), lines
+
+
+def test_a_prompt_may_be_shared_by_all_subsets(tmp_path):
+    file = tmp_path / "共有.toml"
+    file.write_text(
+        '[prompt]\nprompt = "a cat"\nwidth = 256\n[[prompt.subset]]\nseed = 1\n[[prompt.subset]]\n', "utf-8"
+    )
+    first, second = read_sample_prompts(file, RequestFlags())
+    assert (first.prompt, first.seed, second.prompt, second.seed) == ("a cat", 1, "a cat", None)
+    file.write_text('[prompt]\nprompt = "a dog"\n', "utf-8")
+    (only,) = read_sample_prompts(file, RequestFlags())
+    assert only.prompt == "a dog"
