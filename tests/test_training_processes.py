@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 
 from tests.training_builders import difference, write_data_set
 from tests.training_driver import (
+    CLOCK,
+    HARD,
     NAME,
     NUM_KILLS,
     Workshop,
     final_file,
     item,
     output_of,
+    repeatable,
     spoil,
     train,
     trained,
@@ -28,25 +31,13 @@ from tests.training_driver import (
 )
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
-CLOCK = {"SOURCE_DATE_EPOCH": "1700000000"}
-HARD = {
-    "network_dropout": 0.3,
-    "gradient_accumulation_steps": 2,
-    "num_timestep_buckets": 4,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 3,
-}
+RATES = {"lr_scheduler": "cosine", "lr_warmup_steps": 4}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def same_bytes_as_in_other_processes() -> Iterator[None]:
-    """With several threads sums may differ in the last bit."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("SOURCE_DATE_EPOCH", CLOCK["SOURCE_DATE_EPOCH"])
+    with repeatable():
         yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +72,7 @@ def written(path: Path, content: object) -> Path:
 @posix_only
 def test_a_run_that_is_killed_at_any_moments_ends_with_the_same_bytes(workshop, tmp_path, repository):
     saves = {"save_every_n_steps": 2, "save_last_n_steps": 2, "save_state": True, "resume": "auto"}
-    command = workshop.command(tmp_path / "出力 [1]", **HARD, **saves, max_train_steps=9)
+    command = workshop.command(tmp_path / "出力 [1]", **HARD, **RATES, **saves)
     run = written(tmp_path / "run.json", command)
     answer = outcome("-m", "tests.training_driver", "kills", run, "3", repository=repository)
     assert answer.returncode == 0, answer.stderr
@@ -93,7 +84,7 @@ def test_a_run_that_is_killed_at_any_moments_ends_with_the_same_bytes(workshop, 
 @posix_only
 def test_ctrl_c_while_workers_start_saves_and_the_run_goes_on_exactly(workshop, tmp_path, repository):
     """A terminal sends it to the workers too."""
-    command = workshop.command(tmp_path / "出力", **HARD, resume="auto", max_train_steps=9)
+    command = workshop.command(tmp_path / "出力", **HARD, **RATES, resume="auto")
     run = written(tmp_path / "run.json", [*command, "--max_data_loader_n_workers", "1"])
     answer = outcome("-m", "tests.training_driver", "ctrl_c", run, repository=repository, start_new_session=True)
     assert answer.returncode == 130 and "Traceback" not in answer.stderr, answer.stderr
@@ -103,7 +94,7 @@ def test_ctrl_c_while_workers_start_saves_and_the_run_goes_on_exactly(workshop, 
         f"{NAME}-step00000001-state",
     }
     assert train(command) == 0
-    undisturbed = workshop.command(tmp_path / "undisturbed", **HARD, max_train_steps=9)
+    undisturbed = workshop.command(tmp_path / "undisturbed", **HARD, **RATES)
     assert train(undisturbed) == 0
     assert final_file(command).read_bytes() == final_file(undisturbed).read_bytes()
 

@@ -39,7 +39,18 @@ from training.states import state_step
 from training.step import Stepper
 
 NAME = "学び"
+CLOCK = {"SOURCE_DATE_EPOCH": "1700000000"}
 NUM_KILLS = 8
+HARD = {
+    "max_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "network_dropout": 0.3,
+    "network_args": ("rank_dropout=0.2", "module_dropout=0.1", "loraplus_lr_ratio=4"),
+    "timestep_sampling": "shift",
+    "discrete_flow_shift": 3.0,
+    "num_timestep_buckets": 4,
+}
+"""Three epochs of three steps: two of two batches, and one of the batch that is left, which has one item."""
 
 
 # ---- what is trained, and how ----
@@ -98,6 +109,36 @@ def metadata(file: Path) -> dict[str, str]:
     """Of a safetensors file."""
     with safe_open(str(file), framework="pt") as opened:
         return opened.metadata()
+
+
+def ups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What training has made of zeros."""
+    return {name: tensor for name, tensor in tensors.items() if "lora_up" in name}
+
+
+def finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name.removeprefix(NAME).removesuffix(".safetensors") for path in folder.iterdir()}
+
+
+def recorded(folder: Path, name: str = "-state") -> dict:
+    """What a state says."""
+    return json.loads((folder / f"{NAME}{name}" / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Equal runs give equal bytes inside: the clock stands still, and sums have one order."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with patch.dict(os.environ, CLOCK):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def train(command: Sequence[str]) -> int:
