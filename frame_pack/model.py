@@ -195,7 +195,8 @@ class FramePackTransformer(nn.Module):
         self, context: PackedContext, timesteps: Tensor, num_text: int, scaling: RopeScaling | None
     ) -> list[Rope]:
         """One table per step; steps of equal scale share theirs."""
-        scales = [scaling.at(t) if scaling else 1.0 for t in timesteps[:, 0].tolist()]
+        # Reading the timesteps would wait for the device; without scaling nobody needs them.
+        scales = [scaling.at(t) for t in timesteps[:, 0].tolist()] if scaling else [1.0] * len(timesteps)
         tables = {scale: self._rope(context, num_text, scale) for scale in set(scales)}
         return [tables[scale] for scale in scales]
 
