@@ -10,6 +10,7 @@ are written to that file instead of running.
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from common.config_file import read_config, write_config
 from common.flag_options import Option, fields_of, is_group, options_of, values_of
+from common.processes import end_process, note_exit_code
 from options.errors import UserError, did_you_mean, one_line
 
 Flags = TypeVar("Flags")
@@ -42,6 +44,16 @@ def run_script(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # they set their levels from these when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit.register(end_process)
+    code = _run(flags_class, run, description=description, argv=argv)
+    note_exit_code(code)
+    return code
+
+
+def _run(
+    flags_class: type[Flags], run: Callable[[Flags], int | None], *, description: str, argv: Sequence[str] | None
+) -> int:
     try:
         flags = parse(flags_class, description=description, argv=argv)
         path = dict(values_of(flags)).get("output_config")

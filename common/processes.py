@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,28 @@ class Processes:
             got = f"process {self.local_rank + 1} on a machine with {torch.cuda.device_count()} GPUs"
             raise UserError("--num_processes", got, "a GPU for each process", "start fewer, or use --device cpu")
         return f"cuda:{self.local_rank}"
+
+
+_exit_code: int | None = None
+
+
+def note_exit_code(code: int) -> None:
+    """What `end_process` is to end with."""
+    global _exit_code
+    _exit_code = code
+
+
+def end_process() -> None:
+    """Ends one of several processes at once, when all else that happens at exit has happened.
+
+    A thread of gloo's may abort a process whose interpreter is being taken down, after everything is done and saved;
+    the launcher would take that for a failure. To be registered with `atexit` before other things are.
+    """
+    if _exit_code is None or hasattr(sys, "last_value"):  # a traceback was printed: its exit code is Python's affair
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(_exit_code)
 
 
 @contextmanager
