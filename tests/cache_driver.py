@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.processes import joined_processes
+from common.processes import end_process, joined_processes, note_exit_code
 from options.errors import UserError
 from tests.cache_builders import files, run_loop
 
@@ -84,7 +84,8 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     what, config, *rest = sys.argv[1:]
     try:
-        sys.exit({"run": run, "kills": kills}[what](Path(config), *rest))
+        note_exit_code({"run": run, "kills": kills}[what](Path(config), *rest) or 0)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+        note_exit_code(2)
+    end_process()
