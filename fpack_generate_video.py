@@ -16,8 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from common.flags import run_script
-from options.errors import UserError
-from options.flags_fpack_generate import FramePackGenerateFlags
+from options.flags_fpack_generate import FramePackGenerateFlags, check_saved_model, check_speed
 from options.lora import lora_choices
 
 
@@ -27,11 +26,15 @@ def open_pipeline(flags: FramePackGenerateFlags):
     from frame_pack.pipeline import Compute, FramePackPipeline
     from networks.lora_merge import plan_merge
 
+    check_speed(flags.speed)
     choices = lora_choices(flags.lora)
-    checkpoints = open_models(flags.models)
+    checkpoints = open_models(flags.models, fp8=flags.compute.fp8_mode)
     merge = plan_merge(choices, checkpoints.transformer)
     tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
-    compute, keep = Compute.from_flags(flags.compute), flags.series.interactive
+    compute, keep = Compute.from_flags(flags.compute, flags.speed), flags.series.interactive
+    compute.check_execution()
+    if flags.series.plan is not None:
+        compute = compute.planned(flags.compute)
     return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
 
 
@@ -41,24 +44,25 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
     return decode_saved(flags)
 
 
-def save_merged_model(flags: FramePackGenerateFlags) -> None:
-    """The transformer with its LoRAs as a file; no other model is needed."""
+def save_model(flags: FramePackGenerateFlags) -> None:
+    """The transformer with its LoRAs as a file, in its own types or in fp8; no other model is needed."""
     from common.device import pick_device
-    from frame_pack.loading import open_transformer
+    from frame_pack.loading import open_transformer, save_fp8_transformer
     from networks.lora_merge import merge_into_file
 
-    if flags.models.dit is None:
-        raise UserError("--dit", "nothing", "a checkpoint file or folder", "give --dit")
-    if flags.request.lora:
-        raise UserError("--lora", " ".join(flags.request.lora), "--lora_weight, which is merged", "use that instead")
-    choices, output = lora_choices(flags.lora), flags.lora.save_merged_model
+    check_saved_model(flags)
+    choices, output, mode = lora_choices(flags.lora), flags.lora.saved_model, flags.compute.fp8_mode
     checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
-    merge_into_file(checkpoint, choices, output, device=pick_device(flags.compute.device), flag="--save_merged_model")
+    how = {"device": pick_device(flags.compute.device), "flag": flags.lora.saving_flag}
+    if flags.lora.save_fp8_model is None:
+        merge_into_file(checkpoint, choices, output, **how)
+    else:
+        save_fp8_transformer(checkpoint, choices, output, mode="scaled" if mode == "off" else mode, **how)
 
 
 def generate(flags: FramePackGenerateFlags) -> int:
-    if flags.lora.save_merged_model is not None:
-        return save_merged_model(flags)
+    if flags.lora.saved_model is not None:
+        return save_model(flags)
     from frame_pack.config import FAMILY
     from generation.session import run_session
 

@@ -136,7 +136,10 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         del common["dest"]
         group.add_argument(option.name, action=action, type=convert, nargs="*", **common)
         return
-    group.add_argument(*names, action=action, type=convert, nargs=option.num_values, metavar=option.metavar, **common)
+    count: dict[str, Any] = {"nargs": option.num_values}
+    if option.metadata.get("alone") is not None:
+        count = {"nargs": "?", "const": convert(option.metadata["alone"])}
+    group.add_argument(*names, action=action, type=convert, metavar=option.metavar, **count, **common)
 
 
 def _switch(option: Option) -> type[argparse.Action]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from common.device import release_memory
+from common.device import peak_logged, release_memory
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,10 @@ class Resident(Generic[Model]):
             yield
             return
         try:
-            self._enter()
-            self._in_use = True
-            yield
+            with peak_logged(self.name, self._device):
+                self._enter()
+                self._in_use = True
+                yield
         finally:
             self._in_use = False
             self._leave()

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,9 @@ from options.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    Place = torch.device | str | Callable[[str], torch.device | str]
+    """One device for all tensors, or one for each name."""
 
 logger = logging.getLogger(__name__)
 
@@ -314,33 +317,42 @@ def check_names_and_shapes(module: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(where, f"{name} of shape {found[name]}", f"{wanted[name]}", "the file is another model's")
 
 
-def load_weights(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
-) -> None:
+def load_weights(module: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None, device: Place) -> None:
     """Fills `module` (its parameters may be on the meta device) from `checkpoint`, strictly, and freezes it.
 
     Each tensor is read, cast and moved on its own, so the peak is the model in its target type plus one tensor.
 
     Args:
         dtype: the type for floating-point tensors; None keeps the file's.
-        change: what is done to each tensor before it is cast: LoRAs are merged here.
 
     Raises:
         UserError: as `check_names_and_shapes`, before anything is read.
     """
+    check_names_and_shapes(module, checkpoint)
+    tensors = checkpoint.read()
+    fill(module, checkpoint, ((n, t.to(dtype) if dtype and t.is_floating_point() else t) for n, t in tensors), device)
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], device: Place) -> None:
+    """Puts tensors into `module` as they come, each on its device, and freezes them.
+
+    Args:
+        tensors: (name, tensor) for everything that the state dict has, in any order, in their final types.
+        checkpoint: where they come from, for the log.
+
+    Raises:
+        ValueError: a tensor did not come, or one that the module does not have.
+    """
     import torch
     from tqdm import tqdm
 
-    check_names_and_shapes(module, checkpoint)
-    num_bytes = 0
-    progress = tqdm(checkpoint.read(), total=len(checkpoint.tensors), desc=checkpoint.flag, leave=False, disable=None)
-    for name, tensor in progress:
-        target = change(name, tensor).to(device, (dtype or tensor.dtype) if tensor.is_floating_point() else None)
+    place = device if callable(device) else lambda name: device
+    missing, num_bytes = set(module.state_dict()), 0
+    for name, tensor in tqdm(tensors, total=len(missing), desc=checkpoint.flag, leave=False, disable=None):
+        if name not in missing:
+            raise ValueError(f"{name} came, which {type(module).__name__} does not wait for")
+        missing.remove(name)
+        target = tensor.to(place(name))
         num_bytes += target.numel() * target.element_size()
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
@@ -348,10 +360,20 @@ def load_weights(
             owner._parameters[leaf] = torch.nn.Parameter(target, requires_grad=False)
         else:
             owner._buffers[leaf] = target
-    module.to(device)  # buffers that no checkpoint holds: rotary tables, position ids
+    if missing:
+        raise ValueError(f"{min(missing)} did not come ({len(missing)} missing)")
+    _place_buffers(module, place)
     count, files = len(checkpoint.tensors), len(checkpoint.files)
     size = f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
     logger.info("%s: %d tensors, %s, from %d file%s", checkpoint.flag, count, size, files, "s" * (files > 1))
+
+
+def _place_buffers(module: nn.Module, place: Callable[[str], torch.device | str]) -> None:
+    """Moves what no checkpoint holds: rotary tables, position ids."""
+    for path, owner in module.named_modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[leaf] = buffer.to(place(f"{path}.{leaf}" if path else leaf))
 
 
 def empty_module(build: Callable[[], nn.Module]) -> nn.Module:

@@ -69,6 +69,11 @@ class TrainingDataset:
         return tuple(layout for layout, _ in self._buckets)
 
     @property
+    def batch_layouts(self) -> tuple[tuple[Layout, int], ...]:
+        """(layout, how many items a batch of it has at most)."""
+        return tuple((layout, min(bucket.batch_size, len(bucket.keys))) for layout, bucket in self._buckets)
+
+    @property
     def contents(self) -> Mapping[str, frozenset[str]]:
         """A data set's place -> what every one of its caches holds; data sets without caches are left out."""
         places = [self._config.datasets[bucket.keys[0].dataset].where for bucket in self.buckets]

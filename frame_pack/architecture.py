@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from common.weights import Checkpoint, check_names_and_shapes
+from common.device import free_memory
+from common.weights import Checkpoint
 from dataset.cached_items import CachingScripts
-from dataset.training_dataset import TrainBatch
+from dataset.training_dataset import TrainBatch, TrainingDataset
 from frame_pack.cached_context import FEATURES, from_batch
-from frame_pack.config import FAMILY
+from frame_pack.config import FAMILY, FramePackConfig
+from frame_pack.costs import num_blocks
 from frame_pack.loading import FramePackCheckpoints, build_transformer, load_transformer, open_models, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
 from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.plan import EmptyTransformers
+from frame_pack.swapping import SwapWish, check_swap, choose_swap
+from frame_pack.training_plan import TrainedNumbers, TrainingPlan, TrainOptions, largest_batch
 from frame_pack.training_rules import FramePackTrainingRules
+from modules.block_swap import SwapOptions
+from modules.execution import Execution
 from modules.flow_matching import NUM_TIMESTEPS
 from networks.lora_merge import LoraMerge
+from networks.network import Network
 from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags
 from options.flags_generate import RequestFlags
 from options.geometry import FRAMEPACK_FPS
+from options.memory_size import MemorySize
+from options.swap_count import SwapCount
 
 TEXT, TEXT_MASK, POOLED = "llama_vec", "llama_attention_mask", "clip_l_pooler"
 NEEDED = ("latents", "latent_indices", "latents_clean", "clean_latent_indices", FEATURES, TEXT, TEXT_MASK, POOLED)
@@ -47,10 +57,12 @@ class FramePackArchitecture:
 
     @classmethod
     def open(cls, flags: FramePackTrainFlags) -> FramePackArchitecture:
-        """Raises UserError for a `--dit` that is not FramePack's transformer, whole and undamaged."""
+        """Raises UserError for a `--dit` that is not FramePack's transformer, whole and undamaged, or too much swap."""
         checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
-        check_names_and_shapes(build_transformer(checkpoint), checkpoint)
-        return cls(checkpoint=checkpoint, distilled_guidance=flags.run.guidance_scale, flags=flags)
+        config = build_transformer(checkpoint, fp8=flags.memory.fp8_mode).config
+        architecture = cls(checkpoint=checkpoint, distilled_guidance=flags.run.guidance_scale, flags=flags)
+        check_swap(architecture._swap_wish, config)
+        return architecture
 
     @property
     def sample_defaults(self) -> RequestFlags:
@@ -63,13 +75,88 @@ class FramePackArchitecture:
         )
 
     def load_transformer(
-        self, *, dtype: torch.dtype, device: torch.device, merge: LoraMerge | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        merge: LoraMerge | None = None,
+        swap: SwapOptions | None = None,
     ) -> FramePackTransformer:
-        return load_transformer(self.checkpoint, dtype=dtype, device=device, merge=merge)
+        place = {"dtype": dtype, "device": device}
+        fp8 = self.flags.memory.fp8_mode
+        transformer = load_transformer(self.checkpoint, merge=merge, fp8=fp8, swap=swap, **place)
+        self._execution.apply_to(transformer)
+        return transformer
+
+    def plan_swap(
+        self,
+        dataset: TrainingDataset,
+        network: Network,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        state_bytes: float,
+        merge: LoraMerge,
+    ) -> SwapOptions:
+        plan = self._plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
+
+        def needed(num_swapped: int, offload: bool) -> int:
+            return max(stage.num_bytes for stage in plan.stages(replace(plan.options, num_blocks=num_swapped)))
+
+        config = FramePackConfig.from_checkpoint(self.checkpoint)
+        return choose_swap(self._swap_wish, config, free=free_memory(device), needed=needed)
+
+    def describe_cost(
+        self,
+        dataset: TrainingDataset,
+        network: Network,
+        *,
+        dtype: torch.dtype,
+        state_bytes: float,
+        num_steps: int,
+        batches_per_step: int,
+        merge: LoraMerge,
+        size: MemorySize,
+    ) -> str:
+        plan = self._plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
+        return replace(plan, num_steps=num_steps, batches_per_step=batches_per_step).text(size)
+
+    def _plan(
+        self, dataset: TrainingDataset, network: Network, *, dtype: torch.dtype, state_bytes: float, merge: LoraMerge
+    ) -> TrainingPlan:
+        """For one step of one batch."""
+        memory = self.flags.memory
+        transformers = EmptyTransformers(self.checkpoint, merge, dtype)
+        by_layer = {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in network.adapters.items()}
+        return TrainingPlan(
+            transformers=transformers,
+            batch=largest_batch(dataset.batch_layouts),
+            numbers=TrainedNumbers(by_layer=by_layer, state_bytes=state_bytes),
+            dtype=dtype,
+            swap=self._swap_wish,
+            options=TrainOptions(
+                fp8=memory.fp8_mode,
+                num_blocks=self._swap_wish.blocks.value or 0,
+                num_checkpointed=memory.num_checkpointed(num_blocks(transformers.config)),
+                in_ram=memory.gradient_checkpointing_cpu_offload,
+            ),
+            num_steps=1,
+            batches_per_step=1,
+        )
+
+    @property
+    def _swap_wish(self) -> SwapWish:
+        memory = self.flags.memory
+        return SwapWish(
+            blocks=memory.blocks_to_swap or SwapCount(),
+            for_training=True,
+            pinned=memory.use_pinned_memory_for_block_swap,
+            ring_size=memory.block_swap_ring_size,
+        )
 
     def empty_transformer(self) -> FramePackTransformer:
         """On the meta device: what a network can be tried on before weights are loaded."""
-        return build_transformer(self.checkpoint)
+        return build_transformer(self.checkpoint, fp8=self.flags.memory.fp8_mode)
 
     def check_batch(self, contents: frozenset[str]) -> None:
         """Raises UserError for caches that lack what the transformer is to be shown."""
@@ -95,12 +182,19 @@ class FramePackArchitecture:
             device=device,
             transformer_dtype=dtype,
             encoder_dtype=torch.float32 if device.type == "cpu" else torch.float16,
+            execution=self._execution,
+            fp8=self.flags.memory.fp8_mode,
+            fp8_llm=options.fp8_llm,
             vae_tile_size=options.tile_size,
             vae_chunk_size=options.vae_chunk_size,
             bulk_decode=options.bulk_decode,
         )
         tokenizers = (models.tokenizer1, models.tokenizer2)
         return FramePackPipeline(self._checkpoints(), compute, tokenizers=tokenizers, transformer=transformer)
+
+    @property
+    def _execution(self) -> Execution:
+        return Execution.of_training(self.flags.attention, self.flags.compilation)
 
     def _checkpoints(self) -> FramePackCheckpoints:
         return open_models(self.flags.models)

@@ -63,7 +63,7 @@ def _encode(flags: FramePackCacheTextsFlags, config: DatasetConfig, processes: P
     def open_encoder() -> Iterator:
         words = [load_tokenizer(kind, given=given, checkpoint=encoder) for kind, given, encoder in tokenizers]
         place = {"dtype": dtype, "device": device}
-        llama_model, clip_model = load_llama(llama, **place), load_clip(clip, **place)
+        llama_model, clip_model = load_llama(llama, fp8=models.fp8_llm, **place), load_clip(clip, **place)
 
         def encode(caption: str) -> Mapping[str, Tensor]:
             states = encode_llama(llama_model, words[0], caption)
@@ -76,7 +76,7 @@ def _encode(flags: FramePackCacheTextsFlags, config: DatasetConfig, processes: P
         "text_encoder2": fingerprint(clip),
         "tokenizer1": tokenizer_fingerprint(places[0]),
         "tokenizer2": tokenizer_fingerprint(places[1]),
-        "encoder_dtype": str(dtype).removeprefix("torch."),
+        "encoder_dtype": str(dtype).removeprefix("torch.") + (", LLaMA in fp8" if models.fp8_llm else ""),
     }
     options = caching_options(flags.cache)
     return cache_texts(config, FramePackCacheRules.arch, open_encoder, encoders, options, processes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from frame_pack.config import FramePackConfig
 from frame_pack.rope import Rope, apply_rope
-from modules.attention import attend
+from modules.attention import AttentionLayout, attend
 
 TIME_CHANNELS = 256
 NORM_EPS = 1e-6
@@ -143,7 +143,7 @@ class DoubleBlock(nn.Module):
         self.ff_context = FeedForward(config.width, config.mlp_width, nn.GELU(approximate="tanh"))
 
     def forward(
-        self, image: Tensor, text: Tensor, image_mod: Tensor, text_mod: Tensor, rope: Rope, mask: Tensor | None
+        self, image: Tensor, text: Tensor, image_mod: Tensor, text_mod: Tensor, rope: Rope, layout: AttentionLayout
     ) -> tuple[Tensor, Tensor]:
         """image (B, L_image, D), text (B, L_text, D), modulations (B, 1, 6·D) → both streams."""
         image_attn, image_mlp = _two_shifts(image_mod)
@@ -151,7 +151,7 @@ class DoubleBlock(nn.Module):
         image_qkv = self.attn.image_qkv(modulate(image, image_attn.scale, image_attn.shift), rope)
         text_qkv = self.attn.text_qkv(modulate(text, text_attn.scale, text_attn.shift))
         joined = (torch.cat(pair, dim=1) for pair in zip(image_qkv, text_qkv, strict=True))
-        attended_image, attended_text = attend(*joined, mask).split([image.shape[1], text.shape[1]], dim=1)
+        attended_image, attended_text = attend(*joined, layout).split([image.shape[1], text.shape[1]], dim=1)
 
         image = image + image_attn.gate * self.attn.to_out[0](attended_image)
         text = text + text_attn.gate * self.attn.to_add_out(attended_text)
@@ -176,11 +176,11 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(config.width, config.mlp_width)
         self.proj_out = nn.Linear(config.width + config.mlp_width, config.width)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, layout: AttentionLayout) -> Tensor:
         """x (B, L, D), modulation (B, 1, 3·D); `rope` leaves the text tokens unrotated."""
         shift = Shift(*modulation.chunk(3, dim=-1))
         normed = modulate(x, shift.scale, shift.shift)
-        attended = attend(*self.attn.image_qkv(normed, rope), mask)
+        attended = attend(*self.attn.image_qkv(normed, rope), layout)
         mlp = F.gelu(self.proj_mlp(normed), approximate="tanh")
         return x + shift.gate * self.proj_out(torch.cat([attended, mlp], dim=-1))
 
@@ -196,7 +196,8 @@ class RefinerAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         heads = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attend(*heads, mask))
+        # PyTorch's own whatever the blocks use: it is small, and padding is a matter of queries too.
+        return self.to_out[0](attend(*heads, AttentionLayout(mask=mask)))
 
 
 class RefinerBlock(nn.Module):

@@ -35,7 +35,8 @@ from frame_pack.layers import (
     modulate,
 )
 from frame_pack.rope import Rope, RopeScaling, concatenate, group_rope, unrotated
-from modules.attention import key_mask
+from modules.attention import AttentionLayout, AttentionOptions
+from modules.block_swap import Swapping
 from modules.checkpointing import Checkpointing
 from modules.flow_matching import NUM_TIMESTEPS
 
@@ -84,8 +85,8 @@ class Prepared:
 
     clean_tokens: Tensor
     """(B, L_clean, D) embedded history and control frames."""
-    mask: Tensor | None
-    """(B, 1, 1, L) for samples of unequal text length."""
+    layout: AttentionLayout
+    """Which of all tokens are valid where texts are of unequal length, and what attends them."""
     steps: tuple[StepInputs, ...]
 
 
@@ -110,10 +111,30 @@ class FramePackTransformer(nn.Module):
         self.proj_out = Float32Linear(config.width, PATCH * PATCH * config.latent_channels)
         self.checkpointing = Checkpointing()
         """What is computed again when gradients are taken; nothing unless a trainer asks for it."""
+        self.attention = AttentionOptions()
+        self.swapping = Swapping()
+        """Which weights lie in RAM; none unless `modules.block_swap.attach` puts some there."""
 
     @property
     def num_blocks(self) -> int:
         return len(self.transformer_blocks) + len(self.single_transformer_blocks)
+
+    @property
+    def block_lists(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        return self.transformer_blocks, self.single_transformer_blocks
+
+    @property
+    def prepare_layers(self) -> list[nn.Module]:
+        """The large layers that only `prepare` calls, in its order."""
+        text, (doubles, singles) = self.context_embedder, self.block_lists
+        return [
+            *(text.time_text_embed, text.proj_in, *text.token_refiner.refiner_blocks),
+            *(self.image_projection, self.time_text_embed),
+            *(block.norm1 for block in doubles),
+            *(block.norm1_context for block in doubles),
+            *(block.norm for block in singles),
+            self.norm_out,
+        ]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,6 +143,11 @@ class FramePackTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.x_embedder.proj.weight.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FramePackTransformer:
+        """What `to`, `cpu` and `cuda` come down to: swapped weights stay in RAM, wherever the model goes."""
+        with self.swapping.staying():
+            return super()._apply(fn, recurse)
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """latents (B, C, T, H, W), timesteps (B,) on the 0..1000 scale → velocity (B, C, T, H, W), float32."""
@@ -150,7 +176,7 @@ class FramePackTransformer(nn.Module):
         embedding = self.time_text_embed(timesteps, pooled, guidance)
         return Prepared(
             clean_tokens=clean_tokens,
-            mask=key_mask(lengths + image_length + image.shape[1], image_length + num_text),
+            layout=self.attention.layout(lengths + image_length + image.shape[1], image_length + num_text),
             steps=tuple(
                 StepInputs(*step) for step in zip(text_tokens, ropes, *self._modulations(embedding), strict=True)
             ),
@@ -158,18 +184,18 @@ class FramePackTransformer(nn.Module):
 
     def step(self, latents: Tensor, prepared: Prepared, index: int) -> Tensor:
         """latents (B, C, T, H, W) at step `index` → velocity of the same shape, float32."""
-        inputs, mask = prepared.steps[index], prepared.mask
+        inputs, layout = prepared.steps[index], prepared.layout
         target = embed_patches(latents.to(self.device, self.dtype), self.x_embedder.proj)
         image, text = torch.cat([prepared.clean_tokens, target], dim=1), inputs.text
         image_length, image_rope = image.shape[1], inputs.rope.first(image.shape[1])
 
         doubles = zip(self._visit(self.transformer_blocks, 0), inputs.double_image, inputs.double_text, strict=True)
         for block, image_mod, text_mod in doubles:
-            image, text = block(image, text, image_mod, text_mod, image_rope, mask)
+            image, text = block(image, text, image_mod, text_mod, image_rope, layout)
         joined = torch.cat([image, text], dim=1)
         singles = self._visit(self.single_transformer_blocks, len(self.transformer_blocks))
         for block, modulation in zip(singles, inputs.single, strict=True):
-            joined = block(joined, modulation, inputs.rope, mask)
+            joined = block(joined, modulation, inputs.rope, layout)
 
         scale, shift = inputs.final.chunk(2, dim=-1)
         tokens = modulate(joined[:, image_length - target.shape[1] : image_length], scale, shift)
@@ -181,7 +207,7 @@ class FramePackTransformer(nn.Module):
     def _visit(self, blocks: nn.ModuleList, start: int) -> Iterator[Callable[..., Any]]:
         """The one place where a block becomes the current one. `start`: the first one's number in the model."""
         for number, block in enumerate(blocks, start):
-            yield self.checkpointing.of(block, number)
+            yield self.checkpointing.of(block, number, self.swapping.berth(number))
 
     def _embed_clean(self, context: PackedContext) -> Tensor:
         """(B, L_clean, D): coarse to fine, absent groups left out."""

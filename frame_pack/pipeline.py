@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +17,19 @@ from common.device import free_memory, pick_device, pick_dtype
 from common.residency import Resident
 from common.weights import Checkpoint, fingerprint
 from frame_pack.conditioning import Encoders, FramePackConditioning, encode_requests
-from frame_pack.config import FAMILY
+from frame_pack.config import FAMILY, FramePackConfig
+from frame_pack.costs import num_tokens
 from frame_pack.decoding import decode_latents
 from frame_pack.image_encoder import load_siglip
 from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
+from frame_pack.plan import EmptyTransformers, GenerationPlan, plan_generation
 from frame_pack.sampling import generate_latents
+from frame_pack.swapping import SwapWish, check_swap, choose_swap
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, content_hash, readable
 from hunyuan_model import vae as hunyuan_vae
+from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import (
     find_tokenizer,
     load_clip,
@@ -33,11 +37,17 @@ from hunyuan_model.text_encoders import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from modules.attention import AttentionOptions
+from modules.block_swap import SwapOptions
+from modules.execution import Execution
 from networks.lora_merge import LoraMerge
 from networks.prompt_loras import PromptLoras
+from options.flags_compile import CompileFlags
 from options.flags_generate import ComputeFlags
-from options.geometry import FRAMES_PER_LATENT
+from options.fp8 import Fp8Mode
+from options.memory_size import MemorySize
 from options.request import GenerationRequest
+from options.swap_count import SwapCount
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo
@@ -51,12 +61,19 @@ class Compute:
     transformer_dtype: torch.dtype
     encoder_dtype: torch.dtype
     """For both text encoders, SigLIP and the VAE."""
+    fp8: Fp8Mode = "off"
+    """What becomes of the transformer's weights."""
+    fp8_llm: bool = False
+    swap: SwapWish = SwapWish(blocks=SwapCount())
+    """What of the transformer lies in RAM."""
+    execution: Execution = Execution()
+    """How the transformer's blocks are run."""
     vae_tile_size: int | None = None
     vae_chunk_size: int | None = None
     bulk_decode: bool = False
 
     @classmethod
-    def from_flags(cls, flags: ComputeFlags) -> Compute:
+    def from_flags(cls, flags: ComputeFlags, speed: CompileFlags | None = None) -> Compute:
         """bfloat16 transformer and float16 encoders on a GPU, float32 on a CPU, unless `--dit_dtype` says otherwise.
 
         Raises:
@@ -67,16 +84,46 @@ class Compute:
             device=device,
             transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=device),
             encoder_dtype=pick_dtype(None, on_gpu="float16", device=device),
+            fp8=flags.fp8_mode,
+            fp8_llm=flags.fp8_llm,
+            swap=SwapWish(
+                blocks=flags.blocks_to_swap,
+                offload_invariant=flags.offload_invariant,
+                pinned=flags.use_pinned_memory_for_block_swap,
+            ),
+            execution=Execution(
+                attention=AttentionOptions(backend=flags.attention), compiling=speed.choice if speed else None
+            ),
             vae_tile_size=flags.tile_size,
             vae_chunk_size=flags.vae_chunk_size,
             bulk_decode=flags.bulk_decode,
         )
+
+    def planned(self, flags: ComputeFlags) -> Compute:
+        """With the types that a GPU would get, on a machine without one, unless `--device` asks for this machine."""
+        if flags.device is not None or self.device.type != "cpu":
+            return self
+        gpu = torch.device("cuda")
+        return replace(
+            self,
+            transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=gpu),
+            encoder_dtype=pick_dtype(None, on_gpu="float16", device=gpu),
+        )
+
+    def check_execution(self) -> None:
+        """Raises UserError where the transformer's blocks cannot be run as they are asked to be."""
+        self.execution.check(device=self.device, dtype=self.transformer_dtype)
 
     def recorded(self) -> dict[str, object]:
         """What changes the bits of a result, as JSON values under the names of flags."""
         return {
             "device": self.device.type,
             "dit_dtype": str(self.transformer_dtype).removeprefix("torch."),
+            "attn_mode": self.execution.attention.backend,
+            "compile": self.execution.compiling is not None,
+            "fp8": self.fp8 == "plain",
+            "fp8_scaled": self.fp8 == "scaled",
+            "fp8_llm": self.fp8_llm,
             "vae_spatial_tile_sample_min_size": self.vae_tile_size,
             "vae_chunk_size": self.vae_chunk_size,
             "bulk_decode": self.bulk_decode,
@@ -108,7 +155,6 @@ class FramePackPipeline:
         merge: LoraMerge | None = None,
     ) -> None:
         files, place = checkpoints, {"dtype": compute.encoder_dtype, "device": compute.device}
-        dit = {"dtype": compute.transformer_dtype, "device": compute.device, "merge": merge}
         resident = partial(Resident, device=compute.device, keep=keep_loaded)
         # The VAE is needed at both ends of a run and is small, so it stays in RAM in between.
 
@@ -123,15 +169,16 @@ class FramePackPipeline:
         self._merge, self._prompt_loras = merge, PromptLoras(files.transformer)
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
-            llama=resident("LLaMA", partial(load_llama, files.llama, **place)),
+            llama=resident("LLaMA", partial(load_llama, files.llama, fp8=compute.fp8_llm, **place)),
             clip=resident("CLIP", partial(load_clip, files.clip, **place)),
             siglip=resident("SigLIP", partial(load_siglip, files.siglip, **place)),
             vae=self._vae,
             tokenizers=load_tokenizers,
         )
-        self._transformer = resident(
-            "transformer", partial(load_transformer, files.transformer, **dit), lent=transformer
-        )
+        self._transformer = resident("transformer", self._load_transformer, lent=transformer)
+        self._largest: GenerationRequest | None = None
+        if transformer is None:
+            check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
@@ -151,6 +198,41 @@ class FramePackPipeline:
 
     def check(self, request: GenerationRequest) -> None:
         self._prompt_loras.check(request.loras)
+        # What is kept for later steps grows with the tokens and, less, with the steps.
+        self._largest = max(filter(None, (self._largest, request)), key=lambda r: (num_tokens(r), r.num_steps))
+
+    def num_operations(self, request: GenerationRequest) -> int:
+        return self._plan(request).num_operations
+
+    def plan(self, request: GenerationRequest, size: MemorySize) -> str:
+        return self._plan(request).text(size)
+
+    def _plan(self, request: GenerationRequest) -> GenerationPlan:
+        tokenizer = self._encoders.tokenizers()[0]
+        return plan_generation(self._checkpoints, self.compute, request, self._empty, tokenizer=tokenizer)
+
+    @cached_property
+    def _empty(self) -> EmptyTransformers:
+        return EmptyTransformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
+
+    def _load_transformer(self) -> FramePackTransformer:
+        compute, checkpoint = self.compute, self._checkpoints.transformer
+        place = {"dtype": compute.transformer_dtype, "device": compute.device}
+        swap = self._choose_swap()
+        transformer = load_transformer(checkpoint, merge=self._merge, fp8=compute.fp8, swap=swap, **place)
+        compute.execution.apply_to(transformer)
+        return transformer
+
+    def _choose_swap(self) -> SwapOptions:
+        """For the largest request so far."""
+        compute = self.compute
+        plan = cache(lambda: self._plan(self._largest))
+
+        def needed(num_blocks: int, offload: bool) -> int:
+            options = replace(plan().options, num_blocks=num_blocks, offload=offload)
+            return max(stage.num_bytes for stage in plan().denoising(options))
+
+        return choose_swap(compute.swap, self._empty.config, free=free_memory(compute.device), needed=needed)
 
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
@@ -178,14 +260,13 @@ class FramePackPipeline:
 
     def _make_room_for_vae(self, request: GenerationRequest, latents: Tensor) -> None:
         """The transformer steps aside when the device could not hold the VAE's work beside it."""
-        tile = self.compute.vae_tile_size
-        height, width = min(request.height, tile or request.height), min(request.width, tile or request.width)
-        num_latents = latents.shape[1]
-        if not self.compute.bulk_decode:
+        compute, num_latents = self.compute, latents.shape[1]
+        if not compute.bulk_decode:
             num_latents = min(num_latents, 2 * request.latent_window_size + 1)
-        # About three activations of 256 channels at full size in half precision live at once in the last up block.
-        needed = 3 * 256 * 2 * (FRAMES_PER_LATENT * (num_latents - 1) + 1) * height * width
-        if free_memory(self.compute.device) < needed:
+        sizes = {"tile_size": compute.vae_tile_size, "chunk_size": compute.vae_chunk_size}
+        work = VaeWork.of(self._checkpoints.vae, itemsize=compute.encoder_dtype.itemsize, **sizes)
+        needed = decode_bytes(work, num_latents, request.height, request.width)
+        if free_memory(compute.device) < needed:
             self._transformer.step_aside()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from generation.settings import Provenance
+from options.memory_size import MemorySize
 from options.request import GenerationRequest
 
 Cond = TypeVar("Cond", bound="Conditioning")
@@ -64,6 +65,12 @@ class Pipeline(Protocol[Cond]):
 
     def check(self, request: GenerationRequest) -> None:
         """Raises UserError for what only the models' headers tell: a LoRA of another model."""
+
+    def num_operations(self, request: GenerationRequest) -> int:
+        """About how many floating-point operations a request takes. Needs no weights."""
+
+    def plan(self, request: GenerationRequest, size: MemorySize) -> str:
+        """What a request costs and, for a size, what makes it fit: one screen of text. Needs no weights."""
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results say about the models and types that made them."""

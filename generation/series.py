@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from generation.batch import Journal, read_batch
 from generation.check import check_request
 from generation.jobs import Job, single_job
 from generation.outputs import read_settings
+from generation.pipeline import Pipeline
 from generation.runner import Result, log_remarks
 from generation.settings import Provenance, Recorded, recorded
 from generation.sweep import SweepSheet, plan_sweep
 from options.errors import UserError
 from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.memory_size import MemorySize
 from options.request import ImageSize
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ def check_modes(series: SeriesFlags, request: RequestFlags, output: OutputFlags)
     chosen = [name for name, value in modes.items() if value]
     if len(chosen) > 1:
         raise UserError(chosen[1], f"{chosen[1]} beside {chosen[0]}", "one of them", "leave one out")
+    if series.plan is not None and chosen in (["--interactive"], ["--latent_path"]):
+        expected = "one prompt, --from_file, --sweep or --from_metadata"
+        raise UserError("--plan", f"--plan beside {chosen[0]}", expected, "leave one out")
     if series.resume_batch and not series.from_file:
         raise UserError("--resume_batch", "no --from_file", "a batch to resume", "add --from_file")
     if series.search_dir and not series.from_metadata:
@@ -137,10 +143,21 @@ def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> Compute
     The number type is taken over on the same kind of device only: float32 on a GPU would be twice the memory.
     """
     defaults = {field.name: field.default for field in fields(flags)}
-    names = ["vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode"]
+    names = ["vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode", "fp8_llm"]
+    if flags.fp8_mode == "off":
+        names += ["fp8", "fp8_scaled"]
     if pick_device(flags.device).type == then["device"]:
         names.append("dit_dtype")
     return replace(flags, **{name: then[name] for name in names if getattr(flags, name) == defaults[name]})
+
+
+def show_plan(pipeline: Pipeline, plan: Plan, size: MemorySize) -> int:
+    """Prints what the job that computes most will cost. Returns the exit code."""
+    job = max(plan.jobs, key=lambda job: pipeline.num_operations(job.request))
+    if len(plan.jobs) > 1:
+        sys.stdout.write(f"{job.where}, which computes the most of {len(plan.jobs)} prompts\n")
+    sys.stdout.write(f"{pipeline.plan(job.request, size)}\n")
+    return 0
 
 
 def report_check(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from generation.series import (
     recorded_compute,
     recorded_job,
     report_check,
+    show_plan,
     warn_about_differences,
 )
 from generation.settings import Recorded
@@ -79,6 +80,8 @@ def _run_plan(
 ) -> int:
     pipeline = open_pipeline(flags)
     check_jobs(pipeline, plan.jobs)
+    if flags.series.plan is not None:
+        return show_plan(pipeline, plan, flags.series.plan)
     if flags.series.check:
         return report_check(plan)
     provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)

@@ -28,7 +28,14 @@ COMPUTE_TYPES = {
     "vae_spatial_tile_sample_min_size": (int, type(None)),
     "vae_chunk_size": (int, type(None)),
     "bulk_decode": (bool,),
+    "attn_mode": (str,),
+    "compile": (bool,),
+    "fp8": (bool,),
+    "fp8_scaled": (bool,),
+    "fp8_llm": (bool,),
 }
+MISSING_IN_OLDER = {"attn_mode": "sdpa", "compile": False, "fp8": False, "fp8_scaled": False, "fp8_llm": False}
+"""What results were computed with before there was a choice."""
 PATH_FIELDS = ("image_mask_path", "end_image_path")
 PATH_LIST_FIELDS = ("control_image_paths", "control_mask_paths")
 
@@ -143,7 +150,7 @@ def recorded(text: str, file: Path, search_dir: Path | None, *, family: str) -> 
             raise ValueError("another format or family")
         request = request_from_json(data["request"], lambda key: _find(key, data["inputs"], file, search_dir))
         check_resolved(request)
-        record = Recorded(request=request, models=data["models"], compute=data["compute"])
+        record = Recorded(request=request, models=data["models"], compute=MISSING_IN_OLDER | data["compute"])
         _check_record(record)
         return record
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint_kinds import CLIP_L, LLAMA, expect_kind
-from common.weights import Checkpoint, check_names_and_shapes, empty_model, load_weights, open_checkpoint
+from common.weights import Checkpoint, check_names_and_shapes, empty_model, fill, load_weights, open_checkpoint
+from modules.fp8_weights import common_names, expect_codes, plan_fp8
 from options.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ MAX_LLAMA_TOKENS = 256
 LLAMA_LAYERS_LEFT_OUT = 2
 
 LLAMA_HEAD_DIM = 128
+LLAMA_FP8_LAYERS = re.compile(r"layers\.\d+\..+_proj")
 LLAMA_PUBLISHED = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 LLAMA_FROM_CONFIG = (*LLAMA_PUBLISHED, "rope_parameters", "rope_scaling")
 CLIP_HEAD_DIM = 64
@@ -93,7 +95,7 @@ def open_llama(path: str | Path, *, flag: str = "--text_encoder1", memmap: bool 
     """
     checkpoint = open_checkpoint(path, flag=flag, subfolder=TOKENIZERS["llama"].encoder_subfolder, memmap=memmap)
     expect_kind(checkpoint, LLAMA)
-    return checkpoint.rename(_llama_name)
+    return common_names(checkpoint.rename(_llama_name))
 
 
 def open_clip(path: str | Path, *, flag: str = "--text_encoder2", memmap: bool = True) -> Checkpoint:
@@ -109,7 +111,7 @@ def open_clip(path: str | Path, *, flag: str = "--text_encoder2", memmap: bool =
 
 def _llama_name(name: str) -> str | None:
     """Drops what only a language model's head or an old transformers wrote."""
-    if name in ("tokenizer", "lm_head.weight") or name.endswith(".rotary_emb.inv_freq"):
+    if name == "tokenizer" or name.startswith("lm_head.") or name.endswith(".rotary_emb.inv_freq"):
         return None
     return name.removeprefix("model.")
 
@@ -121,10 +123,16 @@ def _clip_name(name: str) -> str | None:
     return None if name in extras else name
 
 
-def load_llama(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str) -> LlamaModel:
+def load_llama(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str, fp8: bool = False
+) -> LlamaModel:
     """Builds LLaMA and loads it strictly, up to the layer that `encode_llama` takes its rows from.
 
     Its last hidden state is the whole model's `hidden_states[-3]`.
+
+    Args:
+        fp8: its linear layers keep their weights in 8 bits with scales; embedding and norms, which are small or looked
+            up by row, stay. Weights that are in 8 bits in the file stay so in any case.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape, also in the layers that are left out.
@@ -135,7 +143,10 @@ def load_llama(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devi
     model.config.num_hidden_layers = len(model.layers)
     model.norm = nn.Identity()
     used = model.state_dict().keys()
-    load_weights(model, checkpoint.rename(lambda name: name if name in used else None), dtype=dtype, device=device)
+    part = checkpoint.rename(lambda name: name if name in used else None)
+    plan = plan_fp8(model, part, mode="scaled" if fp8 else "off", layers=LLAMA_FP8_LAYERS)
+    plan.apply_to(model)
+    fill(model, part, plan.read(dtype=dtype, device=device), device)
     return model
 
 
@@ -152,7 +163,9 @@ def load_clip(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.devic
 
 def build_llama(checkpoint: Checkpoint) -> LlamaModel:
     """LLaMA without its weights, all layers, for comparison with the header."""
-    return empty_model(checkpoint, partial(_build_llama, checkpoint))
+    model = empty_model(checkpoint, partial(_build_llama, checkpoint))
+    expect_codes(model, checkpoint)
+    return model
 
 
 def build_clip(checkpoint: Checkpoint) -> CLIPTextModel:
@@ -292,6 +305,15 @@ def encode_llama(
     Returns:
         In the model's type on its device.
     """
+    ids, num_prefix = prompt_tokens(tokenizer, prompt, system_prompt=system_prompt)
+    hidden = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
+    return hidden[0, num_prefix:]
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, system_prompt: str | None = None
+) -> tuple[list[int], int]:
+    """What LLaMA reads, and how much of it is the template's prefix. See `encode_llama`."""
     prefix = PREFIX.format(system_prompt if system_prompt is not None else SYSTEM_PROMPT)
     num_prefix = len(tokenizer(prefix)["input_ids"])
     text, limit = prefix + prompt + SUFFIX, num_prefix + MAX_LLAMA_TOKENS
@@ -299,8 +321,7 @@ def encode_llama(
     if len(ids) > limit:
         logger.warning("the prompt has %d tokens; the first %d are used", len(ids) - num_prefix, MAX_LLAMA_TOKENS)
         ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-    hidden = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state
-    return hidden[0, num_prefix:]
+    return ids, num_prefix
 
 
 @torch.no_grad()

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from common.checkpoint_writer import check_output_file, write_checkpoint
+from common.checkpoint_writer import check_output_file, write_checkpoint, write_tensors
 from common.weights import Checkpoint
+from modules.fp8_weights import plan_fp8
 from networks.deltas import Factors
 from networks.lora_formats import read_lora
 from networks.lora_matching import Matched, match, select
 from networks.lora_metadata import check_output
 from options.errors import UserError
+from options.fp8 import Fp8Mode
 from options.lora import LoraChoice
 
 logger = logging.getLogger(__name__)
@@ -42,15 +46,28 @@ class LoraMerge:
     """In the order in which they are added."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of the checkpoint's weights, by name."""
+    weights: frozenset[str] = frozenset()
+    """Names of those that are added to."""
+    scaled: frozenset[str] = frozenset()
+    """Those of them that are stored with scales."""
     flag: str = FLAG
     """That named the files, for messages."""
 
     @contextmanager
     def reading(self, device: torch.device | str) -> Iterator[Change]:
-        """Holds the LoRAs in RAM for as long as weights are loaded. The sums are made on `device`."""
+        """Holds the LoRAs in RAM for as long as weights are loaded. The sums are made on `device`.
+
+        Raises:
+            RuntimeError: a weight comes in 8 bits without its scales being applied, or in the end, it did not come at
+                all. Either way its LoRA would be lost.
+        """
         loras = [(choice.multiplier, _matched(choice, self.shapes, self.flag).factors) for choice in self.choices]
+        missing = set(self.weights)
 
         def change(name: str, weight: Tensor) -> Tensor:
+            missing.discard(name)
+            if name in self.scaled and weight.dtype.itemsize == 1:
+                raise RuntimeError(f"a LoRA would be added to the codes of {name}, not to what they stand for")
             own = [(multiplier, factors[name]) for multiplier, factors in loras if name in factors]
             merged = _merged(weight, own, device) if own else weight
             if merged is None:
@@ -59,6 +76,8 @@ class LoraMerge:
             return merged
 
         yield change
+        if missing:
+            raise RuntimeError(f"{min(missing)} was loaded without its LoRA ({len(missing)} such)")
 
 
 def _merged(weight: Tensor, loras: Sequence[tuple[float, Factors]], device: torch.device | str) -> Tensor | None:
@@ -86,12 +105,20 @@ def plan_merge(choices: Sequence[LoraChoice], checkpoint: Checkpoint, *, flag: s
         UserError: a file that is no LoRA or another architecture's, patterns that leave nothing, shapes that do not
             fit, or weights that cannot be added to.
     """
+    weights: set[str] = set()
     for choice in choices:
         matched = _matched(choice, checkpoint.shapes, flag, shapes_only=True)
         for weight in matched.factors:
             _check_weight(weight, checkpoint)
         report(matched, choice.multiplier)
-    return LoraMerge(choices=tuple(choices), shapes=checkpoint.shapes if choices else {}, flag=flag)
+        weights |= matched.factors.keys()
+    return LoraMerge(
+        choices=tuple(choices),
+        shapes=checkpoint.shapes if choices else {},
+        weights=frozenset(weights),
+        scaled=frozenset(weight for weight in weights if _scale_of(weight, checkpoint)),
+        flag=flag,
+    )
 
 
 def report(matched: Matched, multiplier: float | None = None) -> None:
@@ -110,15 +137,19 @@ def _matched(
     return match(lora, shapes)
 
 
+def _scale_of(weight: str, checkpoint: Checkpoint) -> str | None:
+    """The name of what stands beside a weight and changes its meaning."""
+    module = weight.removesuffix(".weight")
+    return next((module + suffix for suffix in SCALES if module + suffix in checkpoint.tensors), None)
+
+
 def _check_weight(weight: str, checkpoint: Checkpoint) -> None:
-    """Raises UserError for a weight whose numbers are not what they seem: a sum would be something else."""
-    dtype, module = checkpoint.tensors[weight].dtype, weight.removesuffix(".weight")
-    scale = next((module + suffix for suffix in SCALES if module + suffix in checkpoint.tensors), None)
-    if dtype in FLOATS and scale is None:
-        return
-    got = f"{weight} of type {dtype}" + (f" with {scale}" if scale else "")
-    remedy = "merge into the model that it was quantised from"
-    raise UserError(f"{checkpoint.flag} {checkpoint.path}", got, "floating-point weights without scales", remedy)
+    """Raises UserError for a weight whose numbers cannot be added to."""
+    dtype = checkpoint.tensors[weight].dtype
+    if dtype not in FLOATS:
+        remedy = "merge into the model that it was quantised from"
+        where = f"{checkpoint.flag} {checkpoint.path}"
+        raise UserError(where, f"{weight} of type {dtype}", "floating-point weights", remedy)
 
 
 def merge_into_file(
@@ -130,25 +161,84 @@ def merge_into_file(
         flag: the one that named `output`, for messages.
 
     Raises:
-        UserError: as `plan_merge`; no LoRA at all; or the file cannot be written there.
+        UserError: as `plan_merge`; no LoRA at all; weights with scales; or the file cannot be written there.
     """
     if not choices:
         raise UserError(flag, output, "LoRAs to merge", f"give {FLAG}")
-    check_output_file(output, checkpoint.num_bytes, flag=flag)
-    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
-    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
+    check_model_output(checkpoint, choices, output, num_bytes=checkpoint.num_bytes, flag=flag)
     merge = plan_merge(choices, checkpoint)
+    if merge.scaled:
+        weight = min(merge.scaled)
+        got = f"{weight} of type {checkpoint.tensors[weight].dtype} with {_scale_of(weight, checkpoint)}"
+        remedy = "merge into the model that it was quantised from"
+        raise UserError(f"{checkpoint.flag} {checkpoint.path}", got, "floating-point weights without scales", remedy)
     if any(info.num_bytes == math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) > 1):
         logger.warning(
             "%s holds 8-bit weights: sums rounded to 8 bits keep little of a LoRA; merge into the 16-bit model instead",
             checkpoint.path,
         )
+    with writing(output, flag=flag), merge.reading(device) as change:
+        write_checkpoint(output, checkpoint, change=change, metadata=merged_metadata(choices))
+
+
+def check_model_output(
+    checkpoint: Checkpoint, choices: Sequence[LoraChoice], output: str | Path, *, num_bytes: int, flag: str
+) -> None:
+    """Raises UserError for a file of that size that cannot be written, or that the model or a LoRA is in."""
+    check_output_file(output, num_bytes, flag=flag)
+    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
+    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
+
+
+def merged_metadata(choices: Sequence[LoraChoice]) -> dict[str, str]:
+    """What a model's file says of its LoRAs."""
     made_of = [{"name": Path(choice.path).name, "multiplier": choice.multiplier} for choice in choices]
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(made_of, ensure_ascii=False)}
+    return {"format": "pt"} | ({METADATA_KEY: json.dumps(made_of, ensure_ascii=False)} if made_of else {})
+
+
+@contextmanager
+def writing(output: str | Path, *, flag: str) -> Iterator[None]:
+    """Says in the log that `output` was saved, or raises UserError when the system cannot write it."""
     try:
-        with merge.reading(device) as change:
-            write_checkpoint(output, checkpoint, change=change, metadata=metadata)
+        yield
     except OSError as error:
         remedy = "make room, or give another folder; nothing is left behind"
         raise UserError(flag, f"{error.strerror or error} at {output}", "a place to write to", remedy) from error
     logger.info("saved %s", output)
+
+
+def quantise_into_file(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    choices: Sequence[LoraChoice],
+    output: str | Path,
+    *,
+    mode: Fp8Mode,
+    layers: re.Pattern[str],
+    device: torch.device | str,
+    flag: str,
+) -> None:
+    """Writes the checkpoint with its LoRAs in fp8, as it would be after loading, never holding it in memory.
+
+    Args:
+        model: without weights, as `plan_fp8` takes it.
+        mode: `plain` or `scaled`.
+        layers: matches the paths of the linear layers that become fp8.
+        flag: the one that named `output`, for messages.
+
+    Raises:
+        UserError: as `plan_merge` and `plan_fp8`; the file is what it would become; or it cannot be written there.
+    """
+    merge = plan_merge(choices, checkpoint)
+    plan = plan_fp8(model, checkpoint, mode=mode, layers=layers, merged=merge.weights)
+    if not plan.changes_anything:
+        got, expected = f"{checkpoint.path}, which is in fp8 already", "16-bit weights, or LoRAs to merge"
+        raise UserError(flag, got, expected, f"load it as {checkpoint.flag}")
+    layout = plan.layout()
+    num_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    check_model_output(checkpoint, choices, output, num_bytes=num_bytes, flag=flag)
+    with writing(output, flag=flag), merge.reading(device) as change:
+        tensors = tqdm(
+            plan.read(dtype=None, device=device, change=change), total=len(layout), desc=Path(output).name, disable=None
+        )
+        write_tensors(output, layout, tensors, merged_metadata(choices) | {"fp8": mode})

@@ -13,6 +13,7 @@ def flag(
     alias: str | None = None,
     repeats: bool = False,
     secret: bool = False,
+    alone: str | None = None,
     positional: bool = False,
 ) -> Any:
     """A field that is a flag of the same name; the annotation gives type, choices (`Literal`) and number of values.
@@ -22,11 +23,12 @@ def flag(
         not_yet: choices that are known, but not available yet.
         alias: an older name of the flag, without dashes.
         repeats: a list that goes on when the flag is given again; otherwise the last one wins.
+        alone: what the flag means when no value follows it; else there has to be one.
         secret: a password or token, which is written nowhere.
         positional: given without a flag in front, before, after or between the options.
     """
     metadata = {"help": help, "not_yet": not_yet, "alias": alias, "repeats": repeats}
-    metadata |= {"secret": secret, "positional": positional}
+    metadata |= {"secret": secret, "positional": positional, "alone": alone}
     return field(default=MISSING if required else default, metadata=metadata)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from options.flag_fields import flag, later
+from options.flag_fields import flag
 from options.flags_cache import CacheFlags, CachePreviewFlags
 from options.flags_generate import VaeMemoryFlags
 
@@ -47,7 +47,7 @@ class TextModelFlags:
     text_encoder2: str = flag("CLIP-L: safetensors, or snapshot folder", required=True)
     tokenizer1: str | None = flag("LLaMA tokenizer: folder or hub id (default: beside --text_encoder1, else the hub)")
     tokenizer2: str | None = flag("CLIP tokenizer: folder or hub id (default: beside --text_encoder2, else the hub)")
-    fp8_llm: bool = later("fp8 LLaMA", default=False)
+    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,15 @@
 """The flags of `fpack_generate_video.py`."""
 
+import logging
 from dataclasses import dataclass
 
+from options.errors import UserError
 from options.flag_fields import flag, later
+from options.flags_compile import CompileFlags, check_compile
 from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
 from options.flags_lora import LoraFlags
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +27,9 @@ class FramePackModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedFlags:
+class SpeedFlags(CompileFlags):
     """Compilation and caching of steps."""
 
-    compile: bool = later("torch.compile the blocks", default=False)
-    compile_backend: str = later("its backend", default="inductor")
-    compile_mode: str = later("its mode", default="default")
-    compile_dynamic: str | None = later("its dynamic shapes: true, false, auto")
-    compile_fullgraph: bool = later("no graph breaks", default=False)
-    compile_cache_size_limit: int | None = later("graphs kept per function")
     magcache_mag_ratios: str | None = later("turns MagCache on: comma list, or 0 for the built-in ratios")
     magcache_retention_ratio: float = later("first fraction of steps that is never skipped", default=0.2)
     magcache_threshold: float = later("limit of the accumulated error", default=0.24)
@@ -49,3 +48,27 @@ class FramePackGenerateFlags:
     lora: LoraFlags
     speed: SpeedFlags
     series: SeriesFlags
+
+
+def check_speed(flags: SpeedFlags) -> None:
+    """Raises UserError for what cannot work, and logs what has no effect."""
+    check_compile(flags)
+    for hint in flags.hints():
+        logger.warning(hint)
+
+
+def check_saved_model(flags: FramePackGenerateFlags) -> None:
+    """Raises UserError for flags that do not go together with writing the transformer as a file."""
+    if flags.lora.save_fp8_model is not None and flags.lora.save_merged_model is not None:
+        got = "--save_merged_model beside --save_fp8_model"
+        raise UserError("--save_merged_model", got, "one of them", "run twice for both")
+    if flags.series.plan is not None:
+        raise UserError("--plan", f"--plan beside {flags.lora.saving_flag}", "something to generate", "leave one out")
+    if flags.models.dit is None:
+        raise UserError("--dit", "nothing", "a checkpoint file or folder", "give --dit")
+    if flags.request.lora:
+        raise UserError("--lora", " ".join(flags.request.lora), "--lora_weight, which is merged", "use that instead")
+    if flags.lora.save_merged_model is not None and flags.compute.fp8_mode != "off":
+        given = "--fp8_scaled" if flags.compute.fp8_scaled else "--fp8"
+        got = f"{given} beside --save_merged_model"
+        raise UserError(given, got, "a file in the model's own types", "use --save_fp8_model, or leave it out")

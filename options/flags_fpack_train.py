@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from options.errors import UserError
-from options.flag_fields import flag, later
+from options.flag_fields import flag
 from options.flags_fpack_generate import FramePackModelFlags
 from options.flags_generate import VaeMemoryFlags, check_vae_memory
 from options.flags_train import TrainFlags
@@ -27,7 +27,7 @@ class FramePackSampleFlags(VaeMemoryFlags):
     latent_window_size: int = flag("latent frames per section of a sample; as in caching", default=9)
     bulk_decode: bool = flag("decode a sample in one piece", default=False)
     vae_dtype: Literal["float16"] | None = flag("leave it out: it is float16 on a GPU, float32 on a CPU")
-    fp8_llm: bool = later("fp8 LLaMA", default=False)
+    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from options.errors import UserError
-from options.flag_fields import flag, later
+from options.flag_fields import flag
+from options.fp8 import Fp8Mode, fp8_mode
+from options.memory_size import ANY, PLAN, MemorySize
+from options.swap_count import PINNED, SwapCount
 
 DEFAULT_TILE = 256
 """Pixels per side with `--vae_tiling` alone."""
@@ -94,16 +97,31 @@ class ComputeFlags(VaeMemoryFlags):
     dit_dtype: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] | None = flag(
         "compute type of the transformer (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    attn_mode: Literal["flash", "torch", "sageattn", "xformers", "sdpa"] = flag(
-        "attention; torch and sdpa are the same", default="torch", not_yet=("flash", "sageattn", "xformers")
+    attn_mode: Literal["flash", "flash2", "flash3", "torch", "sageattn", "xformers", "sdpa"] = flag(
+        "attention; torch and sdpa are the same, so are flash and flash2", default="torch"
     )
     bulk_decode: bool = flag("decode a video in one piece", default=False)
-    fp8: bool = later("fp8 transformer", default=False)
-    fp8_scaled: bool = later("fp8 transformer with block scales", default=False)
-    fp8_llm: bool = later("fp8 LLaMA", default=False)
-    blocks_to_swap: int = later("transformer blocks kept in RAM", default=0)
-    use_pinned_memory_for_block_swap: bool = later("pinned buffers for that", default=False)
+    fp8: bool = flag("transformer in fp8: two thirds of the memory in bfloat16, and less precise", default=False)
+    fp8_scaled: bool = flag("the same with scales, which keep much more of it; needs no --fp8", default=False)
+    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
+    blocks_to_swap: SwapCount = flag(
+        "transformer blocks kept in RAM, up to 38, or auto: as many as it takes", default=SwapCount()
+    )
+    use_pinned_memory_for_block_swap: bool = flag(PINNED, default=False)
+    offload_invariant: Literal["auto", "always", "never"] = flag(
+        "keep weights that a prompt needs once (a quarter of FramePack) in RAM; auto: when memory is short",
+        default="auto",
+    )
     sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
+
+    @property
+    def attention(self) -> str:
+        """`--attn_mode` by its one name in the code."""
+        return {"torch": "sdpa", "flash2": "flash"}.get(self.attn_mode, self.attn_mode)
+
+    @property
+    def fp8_mode(self) -> Fp8Mode:
+        return fp8_mode(fp8=self.fp8, scaled=self.fp8_scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +139,7 @@ class SeriesFlags:
     from_metadata: str | None = flag("run again what made this picture, video or latent")
     search_dir: str | None = flag("where --from_metadata looks for the input images, folders below included")
     check: bool = flag("check everything that needs no weights, then exit", default=False)
+    plan: MemorySize | None = flag(PLAN, alone=ANY)
 
 
 def check_vae_memory(flags: VaeMemoryFlags) -> None:

@@ -22,4 +22,18 @@ class LoraFlags(LoraSourceFlags):
     """LoRA weights merged into the transformer while it loads."""
 
     save_merged_model: str | None = flag("write the transformer with its LoRAs, a file that loads as --dit, and exit")
+    save_fp8_model: str | None = flag(
+        "the same in fp8: with scales unless --fp8 is given without --fp8_scaled; needs no LoRAs"
+    )
     lycoris: bool = flag("accepted: LoHa and LoKr are merged with and without it", default=False)
+
+    @property
+    def saving_flag(self) -> str | None:
+        """The one that asks for a file instead of results."""
+        names = ("save_fp8_model", "save_merged_model")
+        return next((f"--{name}" for name in names if getattr(self, name) is not None), None)
+
+    @property
+    def saved_model(self) -> str | None:
+        """Where that file goes."""
+        return self.save_merged_model if self.save_fp8_model is None else self.save_fp8_model

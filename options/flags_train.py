@@ -5,10 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from options.errors import UserError
-from options.flag_fields import flag, later
+from options.flag_fields import flag
+from options.flags_compile import TrainCompileFlags
 from options.flags_optimizer import OptimizerFlags
 from options.flags_saving import ModelspecFlags, SavingFlags, TrackingFlags, UploadFlags
 from options.flags_timesteps import TimestepFlags
+from options.fp8 import Fp8Mode, fp8_mode
+from options.memory_size import ANY, PLAN, MemorySize
+from options.swap_count import PINNED, SwapCount
+
+BACKENDS = {"sdpa": "sdpa", "flash_attn": "flash", "sage_attn": "sageattn", "xformers": "xformers", "flash3": "flash3"}
+"""Flags of attention and the names of their kinds; where several are given, the first one here counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,7 @@ class RunFlags:
         "what to do when a loss is not finite; either way it is reported", default="stop"
     )
     loss_report: bool = flag("draw the loss by timestep at the end", default=False)
+    plan: MemorySize | None = flag(PLAN, alone=ANY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +118,22 @@ class MemoryFlags:
 
     gradient_checkpointing: bool = flag("compute activations again instead of keeping them", default=False)
     checkpoint_blocks: int | None = flag("the same for so many blocks only; faster than for all")
-    gradient_checkpointing_cpu_offload: bool = later("keep what remains of them in RAM", default=False)
-    fp8_base: bool = later("fp8 transformer", default=False, alias="fp8")
-    fp8_scaled: bool = later("fp8 transformer with block scales", default=False)
-    blocks_to_swap: int | None = later("transformer blocks kept in RAM")
-    use_pinned_memory_for_block_swap: bool = later("pinned buffers for that", default=False)
-    block_swap_h2d_only: bool = later("swap without copying back", default=False)
-    block_swap_ring_size: int = later("buffers for that", default=2)
+    gradient_checkpointing_cpu_offload: bool = flag("keep what checkpointing leaves of them in RAM", default=False)
+    fp8_base: bool = flag(
+        "transformer in fp8: two thirds of the memory in bfloat16, and less precise", default=False, alias="fp8"
+    )
+    fp8_scaled: bool = flag("the same with scales, which keep much more of it; needs no --fp8_base", default=False)
+    blocks_to_swap: SwapCount | None = flag(
+        "transformer blocks kept in RAM, up to 36, or auto: as many as it takes; their activations are computed again"
+    )
+    use_pinned_memory_for_block_swap: bool = flag(PINNED, default=False)
+    block_swap_h2d_only: bool = flag("no effect: frozen weights are never copied back", default=False)
+    block_swap_ring_size: int = flag("blocks that have room on the device at a time", default=2)
     img_in_txt_in_offloading: bool = flag("no effect on FramePack and Wan", default=False)
+
+    @property
+    def fp8_mode(self) -> Fp8Mode:
+        return fp8_mode(fp8=self.fp8_base, scaled=self.fp8_scaled)
 
     def num_checkpointed(self, num_blocks: int) -> int:
         """How many of the model's blocks are checkpointed.
@@ -138,27 +154,25 @@ class AttentionFlags:
     """How attention is computed; with none of these it is PyTorch's own."""
 
     sdpa: bool = flag("PyTorch's scaled dot product attention, which is the default", default=False)
-    flash_attn: bool = later("FlashAttention 2", default=False)
-    flash3: bool = later("FlashAttention 3", default=False)
-    sage_attn: bool = later("SageAttention", default=False)
-    xformers: bool = later("xformers", default=False)
-    split_attn: bool = later("one item of a batch at a time", default=False)
+    flash_attn: bool = flag("FlashAttention 2", default=False)
+    flash3: bool = flag("FlashAttention 3", default=False)
+    sage_attn: bool = flag("refused: SageAttention has no gradients", default=False)
+    xformers: bool = flag("xformers", default=False)
+    split_attn: bool = flag("one item of a batch at a time", default=False)
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The kinds that were asked for, without dashes; the first one counts."""
+        return tuple(name for name in BACKENDS if getattr(self, name))
 
-@dataclass(frozen=True, kw_only=True)
-class CompileFlags:
-    """Compilation."""
+    @property
+    def backend(self) -> str:
+        return BACKENDS[self.given[0]] if self.given else "sdpa"
 
-    compile: bool = later("torch.compile the blocks", default=False)
-    compile_backend: str = later("its backend", default="inductor")
-    compile_mode: str = later("its mode", default="default")
-    compile_dynamic: str | None = later("its dynamic shapes: true, false, auto")
-    compile_fullgraph: bool = later("no graph breaks", default=False)
-    compile_cache_size_limit: int | None = later("graphs kept per function")
-    dynamo_backend: str = later("compilation through accelerate", default="NO")
-    dynamo_mode: str | None = later("its mode")
-    dynamo_fullgraph: bool = later("no graph breaks", default=False)
-    dynamo_dynamic: bool = later("dynamic shapes", default=False)
+    @property
+    def backend_flag(self) -> str:
+        """The flag that `backend` comes from."""
+        return f"--{self.given[0]}" if self.given else "--sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,4 +210,4 @@ class TrainFlags:
     devices: DeviceFlags
     memory: MemoryFlags
     attention: AttentionFlags
-    compilation: CompileFlags
+    compilation: TrainCompileFlags

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from options.errors import UserError, UserErrors
+from options.flags_compile import check_compile
 from options.flags_optimizer import check_optimizer
 from options.flags_saving import check_modelspec, check_saving, check_tracking, check_upload
 from options.flags_timesteps import check_timesteps, unread_settings
-from options.flags_train import TrainFlags
+from options.flags_train import MemoryFlags, TrainFlags
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def check_train(
         UserError: one line for each thing that is wrong.
     """
     problems = [*_missing(flags, dit, network_module), *_numbers(flags), *_network(flags), *_samples(flags)]
-    problems += [*_validation(flags), *more, *_of_groups(flags)]
+    problems += [*_validation(flags), *_attention(flags), *more, *_of_groups(flags)]
     if problems:
         raise problems[0] if len(problems) == 1 else UserErrors(problems)
     for warning in _warnings(flags):
@@ -88,6 +89,7 @@ def _numbers(flags: TrainFlags) -> Iterator[UserError]:
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "ddp_timeout": flags.devices.ddp_timeout,
         "checkpoint_blocks": flags.memory.checkpoint_blocks,
+        "block_swap_ring_size": flags.memory.block_swap_ring_size,
         "sample_every_n_steps": samples.sample_every_n_steps,
         "sample_every_n_epochs": samples.sample_every_n_epochs,
         "validate_every_n_steps": validation.validate_every_n_steps,
@@ -119,6 +121,13 @@ def _network(flags: TrainFlags) -> Iterator[UserError]:
         yield UserError("--dim_from_weights", "no --network_weights", "a file to take the rank from", remedy)
 
 
+def _attention(flags: TrainFlags) -> Iterator[UserError]:
+    if flags.attention.sage_attn:
+        remedy = "use --flash_attn or --xformers, or leave it out"
+        yield UserError("--sage_attn", "SageAttention", "an attention that has gradients", remedy)
+    yield from complaint(check_compile, flags.compilation)
+
+
 def _samples(flags: TrainFlags) -> Iterator[UserError]:
     trigger = flags.samples.trigger
     if trigger and flags.samples.sample_prompts is None:
@@ -140,6 +149,9 @@ def _validation(flags: TrainFlags) -> Iterator[UserError]:
 def _warnings(flags: TrainFlags) -> Iterator[str]:
     yield from _without_effect(flags)
     yield from flags.optimizer.hints()
+    yield from flags.compilation.hints()
+    for name in flags.attention.given[1:]:
+        yield f"--{name} has no effect beside {flags.attention.backend_flag}"
     yield from unread_settings(flags.timesteps)
     for unit in ("epochs", "steps"):
         for name in (f"save_last_n_{unit}", f"save_last_n_{unit}_state"):
@@ -148,6 +160,7 @@ def _warnings(flags: TrainFlags) -> Iterator[str]:
 
 
 def _without_effect(flags: TrainFlags) -> Iterator[str]:
+    yield from _of_memory_without_effect(flags.memory)
     for group in (flags.memory, flags.devices):
         for name in NO_EFFECT:
             if getattr(group, name, False):
@@ -158,3 +171,13 @@ def _without_effect(flags: TrainFlags) -> Iterator[str]:
         yield "--sample_prompts has no effect: --sample_at_first and --sample_every_n_steps and _epochs are left out"
     if flags.network.dim_from_weights and flags.network.network_dim is not None:
         yield "--network_dim has no effect: --dim_from_weights takes the rank from the file"
+
+
+def _of_memory_without_effect(memory: MemoryFlags) -> Iterator[str]:
+    is_swapped = bool(memory.blocks_to_swap)
+    is_checkpointed = memory.gradient_checkpointing or memory.checkpoint_blocks or is_swapped
+    if memory.gradient_checkpointing_cpu_offload and not is_checkpointed:
+        yield "--gradient_checkpointing_cpu_offload has no effect without --gradient_checkpointing"
+    for name in ("use_pinned_memory_for_block_swap", "block_swap_h2d_only"):
+        if getattr(memory, name) and not is_swapped:
+            yield f"--{name} has no effect without --blocks_to_swap"

@@ -26,14 +26,8 @@ def no_weights(monkeypatch):
     def too_late(*args, **kwargs):
         raise AssertionError("weights were loaded before the input was checked")
 
-    monkeypatch.setattr("common.weights.load_weights", too_late)
-    for module in (
-        "frame_pack.loading",
-        "frame_pack.image_encoder",
-        "hunyuan_model.vae",
-        "hunyuan_model.text_encoders",
-    ):
-        monkeypatch.setattr(f"{module}.load_weights", too_late)
+    for module in ("common.weights", "frame_pack.loading", "hunyuan_model.text_encoders"):
+        monkeypatch.setattr(f"{module}.fill", too_late)
 
 
 @pytest.fixture
@@ -173,7 +167,9 @@ def test_control_that_is_not_an_image(flag, refused, tmp_path):
         ({"vae_chunk_size": -1}, "--vae_chunk_size: got -1"),
         ({"device": "gpu"}, "--device: got gpu"),
         ({"prompt": None}, "--prompt: got nothing"),
-        ({"fp8_scaled": True}, "not available yet"),
+        ({"attn_mode": "flash", "device": "cpu"}, "--attn_mode: got FlashAttention 2 on a CPU; expected a GPU"),
+        ({"attn_mode": "sage"}, "--attn_mode: got sage; expected one of flash, flash2, flash3, torch, sageattn"),
+        ({"compile": True, "compile_backend": "eagre"}, "--compile_backend: got eagre; expected one of aot_eager"),
         ({"latent_path": "no.safetensors"}, "--latent_path: got no.safetensors"),
         ({"latent_path": "no.safetensors", "output_type": "latent"}, "--output_type: got latent"),
     ],

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.fp8_error
+import benchmarks.generation
 import benchmarks.training
 import fpack_cache_latents
 from benchmarks.caching import Measurement, Task, measure, parse, run_all, table, write_tasks
 from benchmarks.memory import MemoryWatch, Peak, descendants, process_table
 from demo.models import ModelPaths
+from frame_pack.config import FramePackConfig
 
 HALF_GIB = Peak(main=2**29, workers=None)
 
@@ -88,6 +91,36 @@ def test_steps_that_cannot_be_taken_are_refused(wrong: list[str]) -> None:
         benchmarks.training.parse(wrong)
 
 
+def test_every_set_of_generation_options_takes_steps(tmp_path: Path) -> None:
+    argv = ["--width", "128", "--double_blocks", "2", "--single_blocks", "2", "--size", "32", "--steps", "1"]
+    sets = ["", "--fp8_scaled --offload_invariant always", "--blocks_to_swap 1"]
+    argv += ["--device", "cpu", *(f"--options={chosen}" for chosen in sets)]
+    options = benchmarks.generation.parse(argv)
+    found = benchmarks.generation.run_all(options, argv, benchmarks.generation.measure)
+    assert [one.options for one in found] == sets
+    assert all(one.seconds > 0 and one.prepare_seconds > 0 and one.peak is None and not one.refusal for one in found)
+    assert found[0].computed > found[1].computed and found[0].computed > found[2].computed
+
+
+def test_the_table_of_options_says_what_was_not_measured() -> None:
+    def found(options: str, seconds: float, **more: object) -> benchmarks.generation.Measurement:
+        times = {"seconds": seconds, "prepare_seconds": 0.5, "load_seconds": 3.0}
+        return benchmarks.generation.Measurement(options=options, computed=2 * 10**9, **times, **more)
+
+    refused = benchmarks.generation.Measurement(options="--attn_mode flash", refusal="no GPU")
+    shown = benchmarks.generation.table([found("", 0.2, peak=10**9), found("--fp8", 0.3), refused]).splitlines()
+    assert shown[1].split() == "none 200.0 1.00 0.50 s 3.0 s 1.00 GB 2.00 GB".split()
+    assert shown[2].split() == "--fp8 300.0 1.50 0.50 s 3.0 s not measured 2.00 GB".split()
+    assert shown[3].split() == "--attn_mode flash not measured".split() and shown[4] == "--attn_mode flash: no GPU"
+
+
+def test_default_sets_are_options_that_exist() -> None:
+    sets = benchmarks.generation.default_options(FramePackConfig())
+    assert len(sets) == len(set(sets)) > 12
+    for chosen in sets:
+        benchmarks.generation.Options.parse(chosen, [])
+
+
 def test_descendants_are_found_over_generations() -> None:
     rows = {1: (0, 10), 2: (1, 20), 3: (2, 30), 4: (0, 40)}
     assert descendants(rows, 1) == {2, 3}
@@ -114,3 +147,16 @@ def test_nothing_is_claimed_of_a_process_that_was_never_seen() -> None:
     watch = MemoryWatch(-1)
     watch.look()
     assert watch.peak == Peak(main=None, workers=None)
+
+
+def test_the_error_of_fp8_is_measured_in_every_mode() -> None:
+    argv = ["--width", "128", "--double_blocks", "1", "--single_blocks", "1", "--size", "32", "--device", "cpu"]
+    argv += ["--std", "0.005", "--dit_dtype", "bfloat16"]
+    whole, plain, scaled = benchmarks.fp8_error.run_all(benchmarks.fp8_error.parse(argv))
+    assert (whole.velocity_error, whole.weight_error) == (0, 0)
+    assert plain.weight_error > 2 * scaled.weight_error > 0 and scaled.velocity_error > 0
+    assert whole.num_bytes > scaled.num_bytes > plain.num_bytes
+    heads, *rows = benchmarks.fp8_error.table([whole, plain, scaled]).splitlines()
+    assert len(rows) == 3 and rows[0].split()[:5] == ["as", "they", "are", "-", "-"]
+    with pytest.raises(SystemExit):
+        benchmarks.fp8_error.parse(["--width", "200"])

@@ -211,7 +211,6 @@ def test_another_architectures_text_cache_is_not_overwritten(tmp_path, demo_mode
         (["--batch_size", 0], "--batch_size: got 0"),
         (["--text_encoder1", "nowhere"], "--text_encoder1: got nowhere"),
         (["--tokenizer2", "nowhere/at/all"], "--tokenizer2: got nowhere/at/all"),
-        (["--fp8_llm"], "not available yet"),
     ],
     ids=str,
 )

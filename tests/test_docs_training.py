@@ -103,15 +103,6 @@ def test_every_option_that_is_named_exists() -> None:
     assert named - known == set() and len(named) > 90
 
 
-def test_what_is_not_available_yet_is_said_there_and_nothing_else() -> None:
-    paragraph = next(line for line in TEXT.splitlines() if "not available yet" in line)
-    named = {name.removeprefix("--") for name in in_backticks(paragraph) if name.startswith("--")}
-    later = {name for name, option in TRAINING.items() if option.is_later}
-    assert named <= later
-    belonging = re.compile(r".*block_swap.*|(compile|dynamo)_.*")
-    assert [name for name in later - named if not belonging.fullmatch(name)] == []
-
-
 def test_the_table_of_settings_has_the_codes_defaults_and_values_that_are_taken() -> None:
     words = {"none": None, "random": None, "accelerate's": None}
     for cell, default, start, _ in rows("option"):

@@ -73,15 +73,7 @@ def test_every_flag_of_the_incumbent_exists(name, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--fp8"],
-        ["--fp8_scaled"],
-        ["--fp8_llm"],
-        ["--blocks_to_swap", "20"],
-        ["--compile"],
         ["--magcache_mag_ratios", "0"],
-        ["--attn_mode", "flash"],
-        ["--attn_mode", "sageattn"],
-        ["--attn_mode", "xformers"],
         ["--sample_solver", "dpm++"],
     ],
 )

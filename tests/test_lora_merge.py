@@ -212,15 +212,26 @@ def test_no_match_at_all_is_an_error(tmp_path: Path) -> None:
         plan_merge([LoraChoice(path=lora)], base(tmp_path))
 
 
-def test_weights_that_are_not_what_they_seem_are_refused(loras, tmp_path: Path) -> None:
+def test_codes_are_not_added_to(loras, tmp_path: Path) -> None:
     """Adding to a quantised number without its scale would lose the LoRA."""
     tensors = base_tensors(torch.float8_e4m3fn) | {f"{MODULES[0]}.scale_weight": torch.ones(1)}
     save_file(tensors, tmp_path / "q.safetensors")
+    checkpoint, choices = open_checkpoint(tmp_path / "q.safetensors", flag="--dit"), [LoraChoice(path=loras[0])]
     with pytest.raises(UserError, match=r"--dit.*scale_weight"):
-        plan_merge([LoraChoice(path=loras[0])], open_checkpoint(tmp_path / "q.safetensors", flag="--dit"))
+        merge_into_file(checkpoint, choices, tmp_path / "o.safetensors", device=CPU, flag="--o")
+    with pytest.raises(RuntimeError, match="codes"):
+        merged(checkpoint, *choices)
     save_file(base_tensors(torch.int8), tmp_path / "q.safetensors")
     with pytest.raises(UserError, match=r"--dit.*type I8"):
-        plan_merge([LoraChoice(path=loras[0])], open_checkpoint(tmp_path / "q.safetensors", flag="--dit"))
+        plan_merge(choices, open_checkpoint(tmp_path / "q.safetensors", flag="--dit"))
+
+
+def test_no_weight_is_loaded_without_its_lora(loras, tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="without its LoRA"),
+        plan_merge([LoraChoice(path=loras[0])], base(tmp_path)).reading(CPU) as change,
+    ):
+        change(f"{MODULES[0]}.weight", torch.zeros(ROWS, COLUMNS))
 
 
 # ---- into a file ----

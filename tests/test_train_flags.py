@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from common.flag_options import options_of, values_of
-from common.flags import parse, run_script
+from common.flags import parse
 from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags, check_framepack_train
 from options.step_count import StepCount
@@ -76,18 +76,6 @@ INCUMBENT_DEFAULTS = {
 }
 OUR_DEFAULTS = {"optimizer_type": "AdamW", "on_nan": "stop", "masked_loss": False, "checkpoint_blocks": None}
 
-LATER = {
-    **dict.fromkeys(
-        """fp8 fp8_base fp8_scaled fp8_llm use_pinned_memory_for_block_swap block_swap_h2d_only flash_attn xformers
-        flash3 sage_attn split_attn compile compile_fullgraph dynamo_fullgraph dynamo_dynamic
-        gradient_checkpointing_cpu_offload""".split(),
-        (),
-    ),
-    **dict.fromkeys(["blocks_to_swap", "block_swap_ring_size", "compile_cache_size_limit"], ("2",)),
-    **dict.fromkeys(["compile_backend", "compile_mode", "dynamo_mode", "compile_dynamic"], ("default",)),
-    "dynamo_backend": ("INDUCTOR",),
-}
-
 
 def train_flags(*argv: str) -> FramePackTrainFlags:
     return parse(FramePackTrainFlags, description="", argv=argv)
@@ -127,17 +115,15 @@ def test_the_reference_command_runs_as_written():
 
 
 @pytest.mark.parametrize(
-    "more", ["--f1", "--one_frame", "--latent_window_size 9 --vae_chunk_size 32 --vae_spatial_tile_sample_min_size 128"]
+    "more",
+    [
+        *("--f1", "--one_frame", "--fp8", "--fp8_base --fp8_scaled", "--fp8_scaled", "--fp8_llm"),
+        *("--split_attn", "--flash_attn", "--xformers --split_attn", "--blocks_to_swap 36"),
+        "--latent_window_size 9 --vae_chunk_size 32 --vae_spatial_tile_sample_min_size 128",
+    ],
 )
 def test_what_the_guide_adds_to_the_reference_command_runs_too(more):
     check_framepack_train(train_flags(*shlex.split(REFERENCE + more)))
-
-
-@pytest.mark.parametrize("more", ["--fp8", "--fp8_llm", "--fp8 --fp8_scaled", "--split_attn", "--blocks_to_swap 36"])
-def test_what_the_guide_adds_for_memory_is_not_available_yet(more, capsys):
-    argv = shlex.split(REFERENCE + more)
-    assert run_script(FramePackTrainFlags, lambda flags: pytest.fail("it ran"), description="", argv=argv) == 2
-    assert "not available yet" in capsys.readouterr().err
 
 
 def test_every_option_of_the_incumbent_has_its_default():
@@ -156,16 +142,8 @@ def test_no_name_is_taken_twice():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", LATER)
-def test_options_of_later_versions_answer_in_one_line(name):
-    with pytest.raises(UserError) as error:
-        train_flags(f"--{name}", *LATER[name])
-    assert "not available yet" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_exactly_these_options_are_for_later():
-    names = {name for option in options_of(FramePackTrainFlags) if option.is_later for name in option.names}
-    assert names == set(LATER)
+def test_no_option_is_for_later():
+    assert [option.name for option in options_of(FramePackTrainFlags) if option.is_later] == []
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -226,6 +204,9 @@ def test_timesteps_can_be_shown_without_models_and_output():
         ("--vae_dtype bfloat16", "--vae_dtype: got bfloat16; expected one of float16"),
         ("--on_nan ignore", "--on_nan: got ignore; expected one of skip, stop"),
         ("--mixed_precision fp8", "--mixed_precision: got fp8; expected one of no, fp16, bf16"),
+        ("--sage_attn", "--sage_attn: got SageAttention; expected an attention that has gradients; use --flash_attn"),
+        ("--compile --compile_cache_size_limit 0", "--compile_cache_size_limit: got 0; expected 1 or more"),
+        ("--compile --compile_mode fast", "--compile_mode: got fast; expected one of default, reduce-overhead"),
         ("--output_name a/b", "--output_name: got 'a/b'"),
         ("--lr_scheduler cosin", "--lr_scheduler: got cosin"),
         ("--async_upload", "--async_upload: got no repository"),
@@ -275,6 +256,13 @@ def test_without_samples_only_the_transformer_is_needed():
         ("--save_last_n_steps_state 3", "--save_last_n_steps_state has no effect without --save_every_n_steps"),
         ("--lr_scheduler_power 2", "--lr_scheduler_power has no effect"),
         ("--timestep_sampling uniform --sigmoid_scale 2", "--sigmoid_scale 2.0 has no effect"),
+        ("--sdpa --xformers", "--xformers has no effect beside --sdpa"),
+        ("--flash3 --flash_attn", "--flash3 has no effect beside --flash_attn"),
+        ("--compile_backend eager", "--compile_backend has no effect without --compile"),
+        ("--block_swap_h2d_only", "--block_swap_h2d_only has no effect without --blocks_to_swap"),
+        ("--use_pinned_memory_for_block_swap", "--use_pinned_memory_for_block_swap has no effect without --blocks_to"),
+        ("--blocks_to_swap 0 --block_swap_h2d_only", "--block_swap_h2d_only has no effect without --blocks_to_swap"),
+        ("--gradient_checkpointing_cpu_offload", "--gradient_checkpointing_cpu_offload has no effect without --grad"),
         ("--f1 --one_frame", "--one_frame is not expected to work with --f1"),
     ],
 )
@@ -289,6 +277,11 @@ def test_what_has_no_effect_is_logged(argv, warning, caplog):
     [
         "",
         "--sdpa",
+        "--flash_attn --split_attn --compile --compile_mode max-autotune",
+        "--dynamo_backend INDUCTOR --dynamo_mode reduce-overhead",
+        "--blocks_to_swap 36 --use_pinned_memory_for_block_swap --block_swap_h2d_only --block_swap_ring_size 1",
+        "--blocks_to_swap auto --gradient_checkpointing_cpu_offload",
+        "--checkpoint_blocks 3 --gradient_checkpointing_cpu_offload",
         "--persistent_data_loader_workers --max_data_loader_n_workers 2",
         "--save_every_n_epochs 1 --save_last_n_epochs 3 --save_every_n_steps 10 --save_last_n_steps 20",
         "--base_weights a b --base_weights_multiplier 0.5",
@@ -311,6 +304,22 @@ def test_only_so_many_blocks_are_checkpointed():
         assert train_flags(*argv.split()).memory.num_checkpointed(60) == expected
     with pytest.raises(UserError, match="--checkpoint_blocks: got 61; expected at most 60"):
         train_flags("--checkpoint_blocks", "61").memory.num_checkpointed(60)
+
+
+@pytest.mark.parametrize(
+    ("argv", "backend", "flag"),
+    [
+        ("", "sdpa", "--sdpa"),
+        ("--sdpa", "sdpa", "--sdpa"),
+        ("--flash_attn", "flash", "--flash_attn"),
+        ("--flash3", "flash3", "--flash3"),
+        ("--xformers", "xformers", "--xformers"),
+        ("--flash3 --xformers", "xformers", "--xformers"),
+    ],
+)
+def test_the_first_kind_of_attention_counts(argv, backend, flag):
+    attention = train_flags(*argv.split()).attention
+    assert (attention.backend, attention.backend_flag) == (backend, flag)
 
 
 def test_validation_is_done_each_epoch_unless_something_else_is_said():

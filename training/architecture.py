@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from common.weights import Checkpoint
 from dataset.architecture import CacheRules
 from dataset.cached_items import CachingScripts
-from dataset.training_dataset import TrainBatch
+from dataset.training_dataset import TrainBatch, TrainingDataset
 from generation.pipeline import Pipeline
+from modules.block_swap import SwapOptions, Swapping
 from modules.checkpointing import Checkpointing
 from networks.lora_merge import LoraMerge
+from networks.network import Network
 from options.flags_generate import RequestFlags
+from options.memory_size import MemorySize
 
 
 class Transformer(Protocol):
     """What every trained model has besides being a module."""
 
     checkpointing: Checkpointing
+    swapping: Swapping
     num_blocks: int
 
 
@@ -49,7 +53,46 @@ class Architecture(Protocol):
     def check_batch(self, contents: frozenset[str]) -> None:
         """Raises UserError when what is cached lacks something that `predict_velocity` needs."""
 
-    def load_transformer(self, *, dtype: torch.dtype, device: torch.device, merge: LoraMerge) -> nn.Module:
+    def plan_swap(
+        self,
+        dataset: TrainingDataset,
+        network: Network,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        state_bytes: float,
+        merge: LoraMerge,
+    ) -> SwapOptions:
+        """Which weights are to lie in RAM; `--blocks_to_swap auto` looks at how much of the device is free.
+
+        Args:
+            dtype, state_bytes: as for `describe_cost`.
+        """
+
+    def describe_cost(
+        self,
+        dataset: TrainingDataset,
+        network: Network,
+        *,
+        dtype: torch.dtype,
+        state_bytes: float,
+        num_steps: int,
+        batches_per_step: int,
+        merge: LoraMerge,
+        size: MemorySize,
+    ) -> str:
+        """What training costs and, for a size, what makes it fit: one screen of text. Needs no weights.
+
+        Args:
+            dtype: of the transformer.
+            state_bytes: that the optimizer remembers for each trained number.
+            num_steps: optimizer steps of the run.
+            batches_per_step: of one process.
+        """
+
+    def load_transformer(
+        self, *, dtype: torch.dtype, device: torch.device, merge: LoraMerge, swap: SwapOptions
+    ) -> nn.Module:
         """The frozen transformer, a `Transformer` too."""
 
     def predict_velocity(self, transformer: nn.Module, noisy: Tensor, sigmas: Tensor, batch: TrainBatch) -> Tensor:

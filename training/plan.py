@@ -20,6 +20,8 @@ from common.processes import Processes
 from dataset.cache_checks import MAIN
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.training_dataset import TrainingDataset
+from modules.block_swap import SwapOptions
+from modules.execution import Execution
 from networks.lora_merge import LoraMerge, plan_merge
 from networks.network import Network
 from options.errors import UserError, UserErrors
@@ -61,6 +63,10 @@ class TrainPlan:
     network_alpha: float
     merge: LoraMerge
     """`--base_weights`."""
+    swap: SwapOptions
+    """What of the transformer lies in RAM."""
+    state_bytes: float
+    """That the optimizer remembers for each trained number."""
     batches_per_step: int
     """Of one process."""
     saves: SavePlan
@@ -105,16 +111,24 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     check_reachable(flags.timesteps, {layout.shape(MAIN)[-2:] for layout in dataset.layouts})
     check_masks(dataset, flags.data.masked_loss)
     validation = _open_validation(flags, architecture)
+    dtype = _transformer_dtype(device)
+    execution = Execution.of_training(flags.attention, flags.compilation)
+    execution.check(device=device, dtype=dtype, training=True)
 
     saves = _save_plan(flags, dataset, processes)
     ratio = network.loraplus_lr_ratio
-    rehearse(flags.optimizer, num_steps=saves.num_steps, device=device, loraplus_lr_ratio=ratio)
+    state_bytes = rehearse(flags.optimizer, num_steps=saves.num_steps, device=device, loraplus_lr_ratio=ratio)
+    place = {"dtype": dtype, "device": device}
+    swap = architecture.plan_swap(dataset, network, state_bytes=state_bytes, merge=merge, **place)
+    if swap.num_blocks and not flags.memory.gradient_checkpointing:
+        logger.info("the %d swapped blocks are checkpointed, as with --gradient_checkpointing", swap.num_blocks)
     fingerprint = run_fingerprint(
         network_module=flags.network.network_module,
         network_dim=network_dim,
         network_alpha=network_alpha,
         network_args=network_arguments(flags.network),
         base_model=_base_model(architecture, merge),
+        fp8=flags.memory.fp8_mode,
         optimizer_type=flags.optimizer.optimizer_type,
         optimizer_args=flags.optimizer.optimizer_arguments,
         seed=seed,
@@ -131,11 +145,11 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         remedy = "give more --max_train_steps or --max_train_epochs"
         raise UserError("--resume", f"{resume}, a state after step {step}", expected, remedy)
     _check_in_main(processes, lambda: _check_room(saves, network, flags, step=step))
-    if flags.upload.huggingface_repo_id is not None:
+    if flags.upload.huggingface_repo_id is not None and flags.run.plan is None:
         _check_in_main(processes, lambda: Uploader(flags.upload).prepare())
     return TrainPlan(
         device=device,
-        dtype=_transformer_dtype(device),
+        dtype=dtype,
         mixed_precision=mixed_precision,
         seed=seed,
         dataset=dataset,
@@ -145,6 +159,8 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         network_dim=network_dim,
         network_alpha=network_alpha,
         merge=merge,
+        swap=swap,
+        state_bytes=state_bytes,
         batches_per_step=flags.run.gradient_accumulation_steps,
         saves=saves,
         resume=resume,
@@ -254,6 +270,7 @@ def _settings(flags: TrainFlags, mixed_precision: str, num_steps: int) -> dict[s
         "network_dropout": network.network_dropout,
         "scale_weight_norms": network.scale_weight_norms,
         "mixed_precision": mixed_precision,
+        "attention": flags.attention.backend,
         "guidance_scale": flags.run.guidance_scale,
         "masked_loss": flags.data.masked_loss,
         "max_train_steps": num_steps,

@@ -21,13 +21,16 @@ SHAPE = (64, 128)
 
 def rehearse(
     flags: OptimizerFlags, *, num_steps: int, device: torch.device | str = "cpu", loraplus_lr_ratio: float | None = None
-) -> None:
+) -> float:
     """Takes one step, so that a class or argument that cannot work is reported now. Random numbers stay as they are.
 
     Args:
         num_steps: see `create_scheduler`.
         device: where training will take place; not every optimizer works everywhere.
         loraplus_lr_ratio: LoRA+: there will be a second group of parameters, which learns faster by this.
+
+    Returns:
+        The bytes that the optimizer remembers for each trained number, on the device.
 
     Raises:
         UserError: see `create_optimizer` and `create_scheduler`, or the step fails.
@@ -53,6 +56,13 @@ def rehearse(
         attempt("--lr_scheduler", f"a step of {flags.scheduler_kind}", lambda: scheduler.step(1.0))
     _check_state(type(optimizer).__name__, optimizer.state_dict())
     _check_state(flags.scheduler_kind, scheduler.state_dict())
+    return _state_bytes(optimizer) / sum(weight.numel() for group in groups for weight in group["params"])
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of tensors as large as weights; tables that are the same for any weight do not count."""
+    states = (value for state in optimizer.state.values() for key, value in state.items() if "qmap" not in key)
+    return sum(value.numel() * value.itemsize for value in states if isinstance(value, torch.Tensor))
 
 
 def _check_state(name: str, state: dict) -> None:

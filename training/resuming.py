@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dataset.epochs import Bucket
 from options.errors import UserError
+from options.fp8 import Fp8Mode
 from training.states import NEW, OLD, as_json, is_complete, state_step
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def run_fingerprint(
     network_alpha: float,
     network_args: Mapping[str, str],
     base_model: str,
+    fp8: Fp8Mode = "off",
     optimizer_type: str,
     optimizer_args: Mapping[str, object],
     seed: int,
@@ -45,6 +47,7 @@ def run_fingerprint(
 
     Args:
         base_model: a hash of the transformer and of what is merged into it.
+        fp8: what becomes of its weights.
         buckets: of the training data. Items, repeats and batch sizes count; captions and pixels may be mended.
         batches_per_step: processes times accumulated batches, so that a run may move to another number of GPUs.
     """
@@ -56,7 +59,7 @@ def run_fingerprint(
         "network_dim": network_dim,
         "network_alpha": float(network_alpha),
         "network_args": {name: network_args[name] for name in sorted(network_args) if name != "verbose"},
-        "base_model": base_model[:16],
+        "base_model": base_model[:16] + ("" if fp8 == "off" else f" in fp8 ({fp8})"),
         "optimizer_type": optimizer_type.lower(),
         "optimizer_args": {name: str(optimizer_args[name]) for name in sorted(optimizer_args)},
         "seed": seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +47,9 @@ def run_training(flags: Flags, open_architecture: Callable[[Flags], Architecture
         plan = plan_run(architecture, flags, processes)
         for line in plan.dataset.summary():
             logger.info("%s", line)
+        if flags.run.plan is not None:
+            _show_plan(architecture, flags, plan, processes)
+            return 0
         samples = _open_samples(architecture, flags, plan, processes)
         try:
             return Trainer(architecture, flags, plan, processes, samples).run()
@@ -72,6 +76,23 @@ def _open_samples(
     )
     samples.encode()
     return samples
+
+
+def _show_plan(architecture: Architecture, flags: TrainFlags, plan: TrainPlan, processes: Processes) -> None:
+    """Prints what a step will cost; on a machine without a GPU as one would do it, unless `--device` says otherwise."""
+    is_elsewhere = flags.devices.device is None and plan.device.type == "cpu"
+    text = architecture.describe_cost(
+        plan.dataset,
+        plan.network,
+        dtype=torch.bfloat16 if is_elsewhere else plan.dtype,
+        state_bytes=plan.state_bytes,
+        num_steps=plan.num_steps,
+        batches_per_step=plan.batches_per_step,
+        merge=plan.merge,
+        size=flags.run.plan,
+    )
+    if processes.is_main:
+        sys.stdout.write(f"{text}\n")
 
 
 def _set_backends(flags: TrainFlags) -> None:

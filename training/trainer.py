@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.device import peak_logged
 from common.processes import Processes
 from dataset.epochs import ItemKey, Position, stable_number
 from dataset.training_dataset import BatchLoader, TrainBatch
+from modules.activation_offload import ActivationOffload
 from modules.checkpointing import Checkpointing
 from options.errors import UserError, UserErrors, one_line
 from options.flags_train import TrainFlags
@@ -66,15 +68,20 @@ class Trainer:
         self.step, self.position = 0, Position()
         self._average, self._report = LossAverage(), LossReport()
         self._interruption = Interruption()
+        self._has_taken_steps = False
         self._step_with_state: int | None = None
         """The last step whose state is on the disk."""
 
-        transformer = architecture.load_transformer(dtype=plan.dtype, device=plan.device, merge=plan.merge)
+        place = {"dtype": plan.dtype, "device": plan.device}
+        transformer = architecture.load_transformer(merge=plan.merge, swap=plan.swap, **place)
         self.network = plan.network.to(plan.device).train()
         self.network.compute_in(plan.compute_dtype)
         self.network.apply_to(transformer)
-        num_blocks = flags.memory.num_checkpointed(transformer.num_blocks)
-        transformer.checkpointing = Checkpointing(num_blocks=num_blocks, has_dropout=self.network.has_dropout)
+        transformer.checkpointing = Checkpointing(
+            num_blocks=flags.memory.num_checkpointed(transformer.num_blocks),
+            has_dropout=self.network.has_dropout,
+            offload=ActivationOffload.on(plan.device) if flags.memory.gradient_checkpointing_cpu_offload else None,
+        )
         self.transformer = transformer
 
         torch.manual_seed(stable_number("dropout", plan.seed, processes.rank))
@@ -120,6 +127,7 @@ class Trainer:
             self._tracking() as self._trackers,
             listening() as interruption,
             self._progress() as self._bar,
+            peak_logged("training", self._plan.device),
         ):
             self._interruption = interruption
             if self.step == 0:
@@ -145,7 +153,8 @@ class Trainer:
                 place, group = next(groups, (0, None))
                 if group is None:
                     return False
-                result = self._stepper.take(group, step=self.step + 1, epoch=epoch, quantiles=quantiles)
+                with self._noting_peak():
+                    result = self._stepper.take(group, step=self.step + 1, epoch=epoch, quantiles=quantiles)
             self.step += 1
             self.position = group[-1].after
             self._log(result, place)
@@ -193,6 +202,16 @@ class Trainer:
                 remedy = "use --gradient_checkpointing, a smaller batch_size or resolution, or a smaller --network_dim"
                 raise UserError(f"step {self.step + 1}", one_line(str(error))[:200], expected, remedy) from error
             raise
+
+    @contextmanager
+    def _noting_peak(self) -> Iterator[None]:
+        """Logs the memory that the first step takes: whether the next ones will do."""
+        if self._has_taken_steps:
+            yield
+            return
+        with peak_logged("the first step", self._plan.device):
+            yield
+        self._has_taken_steps = True
 
     def _groups(self, batches: Iterator[TrainBatch], first: int) -> Iterator[tuple[int, list[TrainBatch]]]:
         """(number in the epoch of its first batch, batches of one optimizer step); the last one may be smaller."""

@@ -1,0 +1,53 @@
+"""Checkpoints with the published tensors, described but not there: headers only."""
+
+import json
+from pathlib import Path
+
+from common.weights import Checkpoint, TensorInfo
+from frame_pack.loading import FramePackCheckpoints
+
+DATA = Path(__file__).parent / "data"
+CLIP_WEIGHTS, SIGLIP_WEIGHTS = 123_060_480, 413_000_000
+"""About as many as these two have; one tensor stands for all of them."""
+
+
+def described(flag: str, shapes: dict[str, tuple[int, ...]], dtype: str) -> Checkpoint:
+    file = Path("公開") / f"{flag}.safetensors"
+    tensors = {n: TensorInfo(file=file, key=n, dtype=dtype, shape=tuple(s)) for n, s in shapes.items()}
+    return Checkpoint(flag=flag, path=file, files=(file,), tensors=tensors, config={})
+
+
+def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    return json.loads((DATA / f"{name}_shapes.json").read_text(encoding="utf-8"))
+
+
+def published_transformer() -> Checkpoint:
+    return described("--dit", published_shapes("framepack_dit"), "BF16")
+
+
+def published_vae() -> Checkpoint:
+    return described("--vae", published_shapes("hunyuan_vae"), "F16")
+
+
+def published_llama() -> Checkpoint:
+    """LLaMA-3 8B: 32 layers, width 4096, 8 heads of keys, inner width 14336, 128320 tokens."""
+    shapes = {"embed_tokens.weight": (128320, 4096), "norm.weight": (4096,)}
+    for i in range(32):
+        shapes |= {f"layers.{i}.self_attn.{name}_proj.weight": (4096, 4096) for name in "qo"}
+        shapes |= {f"layers.{i}.self_attn.{name}_proj.weight": (1024, 4096) for name in "kv"}
+        shapes |= {f"layers.{i}.mlp.{name}_proj.weight": (14336, 4096) for name in ("gate", "up")}
+        shapes |= {f"layers.{i}.mlp.down_proj.weight": (4096, 14336)}
+        shapes |= {f"layers.{i}.{name}_layernorm.weight": (4096,) for name in ("input", "post_attention")}
+    return described("--text_encoder1", shapes, "F16")
+
+
+def published_models() -> FramePackCheckpoints:
+    return FramePackCheckpoints(
+        transformer=published_transformer(),
+        vae=published_vae(),
+        llama=published_llama(),
+        clip=described("--text_encoder2", {"all": (CLIP_WEIGHTS,)}, "F16"),
+        siglip=described(
+            "--image_encoder", {"all": (SIGLIP_WEIGHTS,), "embeddings.position_embedding.weight": (729, 1152)}, "F16"
+        ),
+    )
