@@ -26,12 +26,12 @@ def open_pipeline(flags: FramePackGenerateFlags):
     from frame_pack.pipeline import Compute, FramePackPipeline
     from networks.lora_merge import plan_merge
 
-    check_speed(flags.speed)
+    check_speed(flags.compilation)
     choices = lora_choices(flags.lora)
     checkpoints = open_models(flags.models, fp8=flags.compute.fp8_mode)
     merge = plan_merge(choices, checkpoints.transformer)
     tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
-    compute, keep = Compute.from_flags(flags.compute, flags.speed), flags.series.interactive
+    compute, keep = Compute.from_flags(flags.compute, flags.compilation), flags.series.interactive
     compute.check_execution()
     if flags.series.plan is not None:
         compute = compute.planned(flags.compute)

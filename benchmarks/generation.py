@@ -155,7 +155,7 @@ def measure(argv: Sequence[str]) -> Measurement:
     """
     options = parse(argv)
     chosen = Options.parse(options.options[-1], ["--device", str(pick_device(options.device))])
-    compute = Compute.from_flags(chosen.compute, chosen.speed)
+    compute = Compute.from_flags(chosen.compute, chosen.compilation)
     compute.check_execution()
     checkpoint, device, dtype = open_transformer(options.dit), compute.device, compute.transformer_dtype
     config = FramePackConfig.from_checkpoint(checkpoint)

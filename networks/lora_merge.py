@@ -21,7 +21,7 @@ from modules.fp8_weights import plan_fp8
 from networks.deltas import Factors
 from networks.lora_formats import read_lora
 from networks.lora_matching import Matched, match, select
-from networks.lora_metadata import check_output
+from networks.lora_metadata import check_is_other_file
 from options.errors import UserError
 from options.fp8 import Fp8Mode
 from options.lora import LoraChoice
@@ -186,8 +186,8 @@ def check_model_output(
 ) -> None:
     """Raises UserError for a file of that size that cannot be written, or that the model or a LoRA is in."""
     check_output_file(output, num_bytes, flag=flag)
-    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
-    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
+    check_is_other_file(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
+    check_is_other_file(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
 
 
 def merged_metadata(choices: Sequence[LoraChoice]) -> dict[str, str]:

@@ -27,8 +27,8 @@ class FramePackModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedFlags(CompileFlags):
-    """Compilation and caching of steps."""
+class MagCacheFlags:
+    """Steps that are skipped."""
 
     magcache_mag_ratios: str | None = later("turns MagCache on: comma list, or 0 for the built-in ratios")
     magcache_retention_ratio: float = later("first fraction of steps that is never skipped", default=0.2)
@@ -46,11 +46,12 @@ class FramePackGenerateFlags:
     output: OutputFlags
     compute: ComputeFlags
     lora: LoraFlags
-    speed: SpeedFlags
+    compilation: CompileFlags
+    magcache: MagCacheFlags
     series: SeriesFlags
 
 
-def check_speed(flags: SpeedFlags) -> None:
+def check_speed(flags: CompileFlags) -> None:
     """Raises UserError for what cannot work, and logs what has no effect."""
     check_compile(flags)
     for hint in flags.hints():

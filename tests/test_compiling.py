@@ -286,7 +286,7 @@ DYNAMO_CHOICES = {
 def test_flags_say_how_to_compile(argv, expected):
     found = [parse(FramePackTrainFlags, description="", argv=shlex.split(argv)).compilation.choice]
     if argv in CHOICES:
-        found.append(parse(FramePackGenerateFlags, description="", argv=shlex.split(argv)).speed.choice)
+        found.append(parse(FramePackGenerateFlags, description="", argv=shlex.split(argv)).compilation.choice)
     for ours in found:
         if expected is None:
             assert ours is None
@@ -313,8 +313,10 @@ def test_what_has_no_effect_on_compiling_is_said(argv, expected):
 
 
 def test_generation_says_so_too_and_wants_a_limit_that_lets_something_be_compiled(caplog):
-    check_speed(parse(FramePackGenerateFlags, description="", argv=["--compile_mode", "max-autotune"]).speed)
+    check_speed(parse(FramePackGenerateFlags, description="", argv=["--compile_mode", "max-autotune"]).compilation)
     assert [record.message for record in caplog.records] == ["--compile_mode has no effect without --compile"]
-    wrong = parse(FramePackGenerateFlags, description="", argv=["--compile", "--compile_cache_size_limit", "0"]).speed
+    wrong = parse(
+        FramePackGenerateFlags, description="", argv=["--compile", "--compile_cache_size_limit", "0"]
+    ).compilation
     with pytest.raises(UserError, match="--compile_cache_size_limit: got 0; expected 1 or more"):
         check_speed(wrong)
