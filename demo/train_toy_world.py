@@ -29,6 +29,7 @@ from demo.toy.world import captions
 
 ENCODER_SEED = 3
 STAGES = ("vae", "dit")
+TITLES = {"vae": "VAE", "dit": "transformer", "polish": "its last part"}
 CARD = """\
 # Models of the toy world
 
@@ -92,7 +93,8 @@ def train_dit(models: ModelPaths, folder: Path, stop_at: int | None, device: tor
 
 def write_card(folder: Path) -> None:
     """Writes README.md and training.json into the models' folder."""
-    losses = {name: _losses(folder / f"{name}.losses.jsonl") for name in STAGES}
+    plans = {plan.name: plan for plan in (vae.PLAN, dit.PLAN, dit.POLISH)}
+    losses = {name: _losses(folder / f"{name}.losses.jsonl") for name in plans}
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
@@ -101,18 +103,20 @@ def write_card(folder: Path) -> None:
             "encoders": ENCODER_SEED, "vae": vae.SEED, "dit": dit.SEED, "stills": STILLS_SEED, "clips": CLIPS_SEED,
         },
         "scenes": {"stills": NUM_STILLS, "clips": NUM_CLIPS},
-        "vae": {"steps": vae.PLAN.steps, "learning_rate": vae.PLAN.learning_rate, "losses": losses["vae"]},
-        "dit": {"steps": dit.PLAN.steps, "learning_rate": dit.PLAN.learning_rate, "losses": losses["dit"]},
+        "trainings": {
+            name: {"steps": plan.steps, "learning_rate": plan.learning_rate, "losses": losses[name]}
+            for name, plan in plans.items()
+        },
     }  # fmt: skip
     target = folder / "models"
     text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
     (target / "training.json").write_text(text, encoding="utf-8", newline="\n")
     rows = [
         ("made on", f"{facts['date']}, torch {facts['torch']}, {facts['platform']}"),
-        ("VAE", f"{vae.PLAN.steps} steps, seed {vae.SEED}, loss {losses['vae'][-1]['loss']:.4f}"),
-        ("transformer", f"{dit.PLAN.steps} steps, seed {dit.SEED}, loss {losses['dit'][-1]['loss']:.4f}"),
+        *((TITLES[name], f"{plan.steps} steps, loss {losses[name][-1]['loss']:.4f}") for name, plan in plans.items()),
+        ("seeds", ", ".join(f"{name} {seed}" for name, seed in facts["seeds"].items())),
         ("trained on", f"{NUM_STILLS} scenes as single frames, {NUM_CLIPS} as clips"),
-        ("encoders", f"LLaMA, CLIP, SigLIP: random, frozen, seed {ENCODER_SEED}"),
+        ("encoders", "LLaMA, CLIP, SigLIP: random weights, frozen"),
     ]
     card = CARD.format(rows="\n".join(f"| {name} | {value} |" for name, value in rows))
     (target / "README.md").write_text(card, encoding="utf-8", newline="\n")

@@ -21,11 +21,12 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from torch import Tensor, nn
 
 from dataset.epochs import ItemKey, Position
+from dataset.loss_masks import LOSS_MASK
 from dataset.training_dataset import TrainBatch
 from demo.encoders import EncoderSizes
 from demo.toy.pieces import Plan, train
 from demo.toy.pool import LAST_INDEX, Pool
-from demo.toy.world import SIZE, TOGETHER, Scene
+from demo.toy.world import FRAMES_PER_INDEX, TOGETHER, Scene
 from frame_pack.architecture import POOLED, TEXT, TEXT_MASK, predict_velocity
 from frame_pack.cached_context import CLEAN, CLEAN_2X, CLEAN_4X, FEATURES, TARGET, TARGET_INDICES, clip_contexts
 from frame_pack.context import PackedContext, one_frame_context
@@ -33,19 +34,26 @@ from frame_pack.loading import load_transformer, open_transformer
 from frame_pack.model import FramePackTransformer
 from frame_pack.pictures import latent_mask
 from options.flags_timesteps import TimestepFlags
+from options.geometry import VAE_STRIDE
 from options.one_frame import OneFrameOptions
 from training.objective import Objective
 
 SEED = 2
 SIZES = EncoderSizes(text=128, pooled=64, image=72, image_size=56)
-PLAN = Plan(name="dit", steps=7000, learning_rate=1e-3, averaged=0.999)
+PLAN = Plan(name="dit", steps=6000, learning_rate=1e-3, averaged=0.999)
+POLISH = Plan(name="polish", steps=3600, learning_rate=8e-4, averaged=0.999)
+"""Goes on from the average of the first part's weights."""
 WINDOW = 9
 GUIDANCE = 10.0
 """The distilled guidance that the model is told, which is what generation tells it by default."""
 TIMESTEPS = TimestepFlags(timestep_sampling="shift", discrete_flow_shift=3.0)
-KINDS = {"still": (0.45, 32), "dress": (0.2, 32), "section": (0.35, 10)}
-"""Share of the steps, and samples of a batch."""
+BATCH_SIZES = {"still": 32, "dress": 32, "section": 10}
+SHARES, POLISH_SHARES = (0.45, 0.2, 0.35), (0.45, 0.35, 0.2)
+"""Of the steps, by kind: the masks of a kisekaeichi take longest."""
 DRESSED = OneFrameOptions(target_index=1, control_indices=(0, 10), no_2x=True, no_4x=True, no_post=True)
+SHAPES_FROM = 2000
+"""The step from which the loss looks at shapes above all: backgrounds are learned by then, and outnumber them."""
+BACKGROUND_WEIGHT = 0.1
 MASK_MARGIN = 2
 """Pixels around a shape that its mask keeps."""
 
@@ -86,10 +94,15 @@ def train_dit(
     """
     model = load_transformer(open_transformer(str(start)), dtype=torch.float32, device=device)
     model.train().requires_grad_(True)
-    objective = Objective(architecture=_Velocity(), transformer=model, timesteps=TIMESTEPS, seed=SEED, masked=False)
-    done = train(
-        model, lambda step: objective(batch_at(pool, step), epoch=step).weighted, PLAN, folder, stop_at=stop_at
-    )
+    objective = Objective(architecture=_Velocity(), transformer=model, timesteps=TIMESTEPS, seed=SEED, masked=True)
+
+    def loss_at(step: int) -> Tensor:
+        return objective(batch_at(pool, step), epoch=step).weighted
+
+    if not train(model, loss_at, PLAN, folder, stop_at=stop_at):
+        return model.eval(), False
+    more = None if stop_at is None else max(stop_at - PLAN.steps, 0)
+    done = train(model, lambda step: loss_at(PLAN.steps + step), POLISH, folder, stop_at=more)
     return model.eval(), done
 
 
@@ -110,17 +123,19 @@ class _Example:
     features: Tensor
     """(I, image_width)"""
     caption: str
+    shapes: np.ndarray
+    """(T, SIZE, SIZE): where shapes are, or have to vanish."""
 
 
 def batch_at(pool: Pool, step: int) -> TrainBatch:
     """The batch of a step: a function of the step's number."""
     random = np.random.default_rng([SEED, step])
-    shares = [share for share, _ in KINDS.values()]
-    kind = str(random.choice(list(KINDS), p=shares))
+    shares = SHARES if step < PLAN.steps else POLISH_SHARES
+    kind = str(random.choice(list(BATCH_SIZES), p=shares))
     make = {"still": _stills, "dress": _dresses, "section": _sections}[kind]
-    examples = make(pool, random, KINDS[kind][1])
+    examples = make(pool, random, BATCH_SIZES[kind])
     keys = tuple(ItemKey(dataset=0, name=str(number), repeat=0) for number in range(len(examples)))
-    return TrainBatch(contents=_contents(pool, examples), items=keys, after=Position())
+    return TrainBatch(contents=_contents(pool, examples, with_shapes=step >= SHAPES_FROM), items=keys, after=Position())
 
 
 def _stills(pool: Pool, random: np.random.Generator, size: int) -> list[_Example]:
@@ -134,10 +149,12 @@ def _stills(pool: Pool, random: np.random.Generator, size: int) -> list[_Example
         stills = pool.stills[number][None].float()
         start = stills[:, :, :1]
         context = one_frame_context([start], [None], options, window=WINDOW, like=start)
-        caption = pool.still_scenes[number].caption
         features = pool.still_features[number]
-        target = stills[:, :, index : index + 1]
-        examples.append(_Example(target=target, context=context, features=features, caption=caption))
+        target, scene = stills[:, :, index : index + 1], pool.still_scenes[number]
+        shapes = np.maximum(scene.coverage(), scene.coverage(index * FRAMES_PER_INDEX))[None]
+        examples.append(
+            _Example(target=target, context=context, features=features, caption=scene.caption, shapes=shapes)
+        )
     return examples
 
 
@@ -145,14 +162,16 @@ def _dresses(pool: Pool, random: np.random.Generator, size: int) -> list[_Exampl
     examples = []
     for number in random.integers(len(pool.stills), size=size):
         following = (number + 1) % len(pool.stills)
-        masks = dress_masks(pool.still_scenes[number], pool.still_scenes[following])
+        pair = pool.still_scenes[number], pool.still_scenes[following]
+        masks = dress_masks(*pair)
         controls = [pool.stills[i][None, :, :1].float() for i in (number, following)]
         context = one_frame_context(
             controls, [latent_mask(mask) for mask in masks], DRESSED, window=WINDOW, like=controls[0]
         )
         target = pool.dressed[number][None].float()
         features = pool.still_features[number]
-        examples.append(_Example(target=target, context=context, features=features, caption=TOGETHER))
+        shapes = np.maximum(*(scene.coverage() for scene in pair))[None]
+        examples.append(_Example(target=target, context=context, features=features, caption=TOGETHER, shapes=shapes))
     return examples
 
 
@@ -163,10 +182,17 @@ def _sections(pool: Pool, random: np.random.Generator, size: int) -> list[_Examp
         clip = pool.clips[number][None].float()
         section, latents = (0, clip[:, :, : WINDOW + 1]) if kind == 2 else (kind, clip)
         context = clip_contexts(latents, window=WINDOW, f1=False)[section]
-        target = latents[:, :, 1 + section * WINDOW : 1 + (section + 1) * WINDOW]
-        caption = pool.clip_scenes[number].caption
+        first = 1 + section * WINDOW
+        target, scene = latents[:, :, first : first + WINDOW], pool.clip_scenes[number]
+        # A latent frame covers the way from the one before it.
+        ways = [
+            (FRAMES_PER_INDEX * (index - 1) + 1, FRAMES_PER_INDEX * index) for index in range(first, first + WINDOW)
+        ]
+        shapes = np.stack([np.maximum(*(scene.coverage(frame) for frame in way)) for way in ways])
         features = pool.clip_features[number]
-        examples.append(_Example(target=target, context=context, features=features, caption=caption))
+        examples.append(
+            _Example(target=target, context=context, features=features, caption=scene.caption, shapes=shapes)
+        )
     return examples
 
 
@@ -175,18 +201,20 @@ def dress_masks(ground: Scene, shape: Scene) -> tuple[np.ndarray, np.ndarray]:
 
     They follow the latent grid, so that what is to be seen is seen whole.
     """
-    own, other = (_cells(scene.coverage()) for scene in (ground, shape))
+    own, other = (
+        _touched(scene.coverage()[None])[0].numpy().repeat(VAE_STRIDE, axis=0).repeat(VAE_STRIDE, axis=1)
+        for scene in (ground, shape)
+    )
     return np.where(own | other, 0, 255).astype(np.uint8), np.where(other, 255, 0).astype(np.uint8)
 
 
-def _cells(coverage: np.ndarray) -> np.ndarray:
-    """(SIZE, SIZE) bool: the latent pixels' squares that a shape or its margin touches."""
-    around = F.max_pool2d(torch.from_numpy(coverage)[None, None], 2 * MASK_MARGIN + 1, stride=1, padding=MASK_MARGIN)
-    touched = F.max_pool2d(around, 8)[0, 0] > 0.05
-    return touched.numpy().repeat(8, axis=0).repeat(8, axis=1)[:SIZE, :SIZE]
+def _touched(coverage: np.ndarray) -> Tensor:
+    """(T, SIZE, SIZE) -> (T, h, w) bool: the latent pixels whose squares a shape or its margin touches."""
+    around = F.max_pool2d(torch.from_numpy(coverage)[:, None], 2 * MASK_MARGIN + 1, stride=1, padding=MASK_MARGIN)
+    return F.max_pool2d(around, VAE_STRIDE)[:, 0] > 0.05
 
 
-def _contents(pool: Pool, examples: list[_Example]) -> Mapping[str, Tensor]:
+def _contents(pool: Pool, examples: list[_Example], *, with_shapes: bool) -> Mapping[str, Tensor]:
     """A batch as the caches would give it."""
     groups: dict[str, list[Tensor]] = {}
 
@@ -205,6 +233,8 @@ def _contents(pool: Pool, examples: list[_Example]) -> Mapping[str, Tensor]:
             if group is not None:
                 add(latents, group.latents[0])
                 add(indices, group.indices[0])
+        if with_shapes:
+            add(LOSS_MASK, torch.where(_touched(example.shapes), 1.0, BACKGROUND_WEIGHT)[None])
         add(FEATURES, example.features)
         add(TEXT, pool.texts[caption])
         add(TEXT_MASK, torch.arange(pool.texts.shape[1]) < pool.lengths[caption])

@@ -10,20 +10,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from demo.toy.lessons import Example, Lesson, examples, question
 from demo.toy.sight import Seen, astray, error, find, find_in, travelled
-from demo.toy.trials import INDICES, SECTIONS, Call, Question, ask, dress, films, held_out, still
+from demo.toy.trials import INDICES, SECTIONS, Call, ask, dress, films, held_out, still
 from demo.toy.world import DIRECTIONS, FRAMES_PER_INDEX, SPEED, Scene
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SCENES = 20
 EXAM_SEED = 9100
 """Of the lessons' held-out examples."""
+RIGHT_SLOPE = SPEED * FRAMES_PER_INDEX
+"""Pixels per index."""
 LOST = 64.0
 """Pixels that a shape counts as astray when there is none."""
 
@@ -71,12 +73,6 @@ def one_frame(folder: Path, call: Call, *, count: int = NUM_SCENES, indices: Seq
         astray=[
             _astray(o, s, i) for s, row in zip(chosen, seen, strict=True) for o, i in zip(row, indices, strict=True)
         ],
-        # The same pictures, held against the places of the indices in reverse order.
-        astray_if_reversed=[
-            _astray(o, s, i)
-            for s, row in zip(chosen, seen, strict=True)
-            for o, i in zip(row, indices[::-1], strict=True)
-        ],
         backward_steps=[sum(b <= a for a, b in zip(way, way[1:], strict=False)) for way in ways],
         slope=[np.polyfit(indices, way, 1)[0] for way in ways],
         picture_error=[
@@ -87,15 +83,20 @@ def one_frame(folder: Path, call: Call, *, count: int = NUM_SCENES, indices: Seq
     )
 
 
+def wrong_order(folder: Path, call: Call, *, count: int = NUM_SCENES, index: int = 5) -> Results:
+    """The control image stands behind the picture that is asked for, as far as it should stand before it."""
+    chosen = held_out(count, free_indices=index)
+    options = f"target_index=1,control_index={1 + index},no_2x,no_4x"
+    questions = [replace(still(scene, index), options=options) for scene in chosen]
+    pictures = ask(questions, folder, call)
+    return _marks(astray=[_astray(find_in(p, s), s, index) for p, s in zip(pictures, chosen, strict=True)])
+
+
 def without_control(folder: Path, call: Call, *, count: int = NUM_SCENES, index: int = 5) -> Results:
     """One frame with a blank instead of its control image: the mask hides all of it."""
     chosen = held_out(count, free_indices=index)
     nothing = np.zeros(chosen[0].picture().shape[:2], np.uint8)
-    questions = [
-        Question(caption=q.caption, controls=q.controls, options=q.options, masks=(nothing,))
-        for q in (still(scene, index) for scene in chosen)
-    ]
-    pictures = ask(questions, folder, call)
+    pictures = ask([replace(still(scene, index), masks=(nothing,)) for scene in chosen], folder, call)
     return _marks(astray=[_astray(find_in(p, s), s, index) for p, s in zip(pictures, chosen, strict=True)])
 
 
@@ -210,9 +211,9 @@ def call_script(command: Sequence[str]) -> None:
 
 def main() -> None:
     """Prints every exam but those of the lessons, which train LoRAs: see the tests marked `long`."""
-    print(f"{NUM_SCENES} held-out scenes each; {SPEED * FRAMES_PER_INDEX:.1f} pixels per index are right")
+    print(f"{NUM_SCENES} held-out scenes each; {RIGHT_SLOPE:.1f} pixels per index are right")
     print(f"directions {', '.join(DIRECTIONS)}; {SECTIONS} sections")
-    for exam in (one_frame, without_control, prompt, kisekaeichi, video):
+    for exam in (one_frame, wrong_order, without_control, prompt, kisekaeichi, video):
         with tempfile.TemporaryDirectory() as folder:
             print(f"\n{exam.__name__}")
             for marks in exam(Path(folder), call_script).values():

@@ -35,7 +35,7 @@ from hunyuan_model.text_encoders import (
 from hunyuan_model.vae import load_vae, open_vae
 
 STILLS_SEED, CLIPS_SEED = 100, 200
-NUM_STILLS, NUM_CLIPS = 2500, 400
+NUM_STILLS, NUM_CLIPS = 2000, 320
 LAST_INDEX = 9
 """Of the stills; the first is 0."""
 CLIP_INDICES = 18

@@ -47,6 +47,8 @@ class Question:
     masks: tuple[np.ndarray, ...] = ()
     """(SIZE, SIZE) uint8, white keeps."""
     lora: Path | None = None
+    seed: int | None = None
+    """By default the number of the line."""
 
 
 def still(scene: Scene, index: int) -> Question:
@@ -97,7 +99,8 @@ def _line(question: Question, number: int, folder: Path) -> str:
     controls = [_saved(picture, folder / f"{number}_{i}.png") for i, picture in enumerate(question.controls)]
     masks = [_saved(mask, folder / f"{number}_{i}_mask.png") for i, mask in enumerate(question.masks)]
     inline = [("i", controls[0]), *(("ci", path) for path in controls), *(("cim", path) for path in masks)]
-    inline += [("of", question.options), ("d", number), *([("lora", question.lora)] if question.lora else [])]
+    seed = number if question.seed is None else question.seed
+    inline += [("of", question.options), ("d", seed), *([("lora", question.lora)] if question.lora else [])]
     return " ".join([question.caption, *(f"--{name} {value}" for name, value in inline)])
 
 
