@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,11 +22,10 @@ from statistics import median
 from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
-from benchmarks.memory import MemoryWatch, Peak
+from benchmarks.memory import Peak, watched
 from demo.material import CLIPS, PHOTOGRAPHS, clip_path, write_material
 from demo.models import ModelPaths, build_models
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKERS = (0, 1, 2)
 SIZES = ((1024, 768), (768, 1024), (896, 896))
 SUFFIXES = (".jpg", ".png")
@@ -143,26 +141,8 @@ def measure(task: Task, models: ModelPaths, workers: int, call: Call) -> Measure
 
 
 def call_script(arguments: Sequence[str]) -> tuple[str, Peak]:
-    """Starts `fpack_cache_latents.py` and watches it.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    command = [sys.executable, "fpack_cache_latents.py", *arguments]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
-            watch = MemoryWatch(process.pid)
-            try:
-                while process.poll() is None:
-                    watch.look()
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
-            finally:
-                process.kill()
-        output.seek(0)
-        said = output.read()
-    if process.returncode:
-        raise RuntimeError(f"got exit code {process.returncode} from {subprocess.list2cmdline(command)}:\n{said}")
-    return said, watch.peak
+    """Starts `fpack_cache_latents.py` and watches it."""
+    return watched([sys.executable, "fpack_cache_latents.py", *arguments], pause=SECONDS_BETWEEN_LOOKS)
 
 
 def run_all(

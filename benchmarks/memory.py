@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 KIB = 1024
 PROC = Path("/proc")
 # Places in /proc/PID/stat, counted behind the process's name.
@@ -46,6 +50,31 @@ class MemoryWatch:
     def peak(self) -> Peak:
         """Of all samples."""
         return Peak(main=self._main, workers=self._workers) if self._is_known else Peak(main=None, workers=None)
+
+
+def watched(command: Sequence[str], *, pause: float) -> tuple[str, Peak]:
+    """Runs a command in the repository's folder: what it said, and its memory.
+
+    Args:
+        pause: seconds between two looks at it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
+            watch = MemoryWatch(process.pid)
+            try:
+                while process.poll() is None:
+                    watch.look()
+                    time.sleep(pause)
+            finally:
+                process.kill()
+        output.seek(0)
+        said = output.read()
+    if process.returncode:
+        raise RuntimeError(f"got exit code {process.returncode} from {subprocess.list2cmdline(command)}:\n{said}")
+    return said, watch.peak
 
 
 def process_table() -> dict[int, tuple[int, int]] | None:

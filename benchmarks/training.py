@@ -11,7 +11,6 @@ gets a process of its own, so that its peak of memory is its own too.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.memory import MemoryWatch
+from benchmarks.memory import watched
 from common import flags
 from common.device import pick_device
 from common.processes import Processes
@@ -46,7 +45,6 @@ from training.networks import open_network
 from training.objective import Objective
 from training.step import Stepper
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAD_DIM, WINDOW = 128, 9
 NUM_ROWS, NUM_VALID, NUM_PATCHES = 512, 100, 729
 """Rows of a text cache, those that a caption of some length fills, and SigLIP's."""
@@ -212,27 +210,11 @@ def measure(argv: Sequence[str]) -> Measurement:
 
 
 def measure_alone(argv: Sequence[str]) -> Measurement:
-    """The same in a process of its own, whose memory is watched.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """The same in a process of its own, whose memory is watched."""
     command = [sys.executable, "-m", "benchmarks.training", "--as_json", *argv]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
-            watch = MemoryWatch(process.pid)
-            try:
-                while process.poll() is None:
-                    watch.look()
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
-            finally:
-                process.kill()
-        output.seek(0)
-        said = output.read()
-    if process.returncode:
-        raise RuntimeError(f"got exit code {process.returncode} from {subprocess.list2cmdline(command)}:\n{said}")
+    said, peak = watched(command, pause=SECONDS_BETWEEN_LOOKS)
     found = Measurement(**json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{"))))
-    return found if found.peak is not None else replace(found, peak=watch.peak.main)
+    return found if found.peak is not None else replace(found, peak=peak.main)
 
 
 def run_all(options: argparse.Namespace, argv: Sequence[str], measure: Measure) -> list[Measurement]:

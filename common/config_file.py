@@ -15,7 +15,7 @@ from typing import Any
 
 from common.files import atomic_file, existing_file
 from common.flag_options import Option, options_of, values_of
-from options.errors import UserError, UserErrors, did_you_mean
+from options.errors import UserError, UserErrors, did_you_mean, shown
 
 logger = logging.getLogger(__name__)
 
@@ -130,16 +130,16 @@ def _asks_for_nothing(value: object, option: Option) -> bool:
 def _read(option: Option, value: object, where: str) -> Any:
     if option.kind is bool:
         if not isinstance(value, bool):
-            raise UserError(where, _shown(value), "true or false", "write it without quotes")
+            raise UserError(where, shown(value), "true or false", "write it without quotes")
         if option.is_later:
-            raise option.refuse(where, _shown(value))
+            raise option.refuse(where, shown(value))
         return value
     if option.num_values is None:
         return _one(option, value, where)
     if not isinstance(value, list):
-        raise UserError(where, _shown(value), "a TOML array", f"write {option.name} = [{_shown(value)}]")
+        raise UserError(where, shown(value), "a TOML array", f"write {option.name} = [{shown(value)}]")
     if option.num_values not in ("*", len(value)):
-        raise UserError(where, _shown(value), f"{option.num_values} values", "write as many")
+        raise UserError(where, shown(value), f"{option.num_values} values", "write as many")
     return tuple(_one(option, item, where) for item in value)
 
 
@@ -147,18 +147,9 @@ def _one(option: Option, value: object, where: str) -> Any:
     """One value, by way of the text that the command line would hold."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(value, str) or (is_number and not (option.kind is str and isinstance(value, float))):
-        return option.convert(value if isinstance(value, str) else _shown(value), where)
+        return option.convert(value if isinstance(value, str) else shown(value), where)
     remedy = f'write {option.name} = "…"' if option.kind is str else "see --help"
-    raise UserError(where, _shown(value), option.expected, remedy)
-
-
-def _shown(value: object) -> str:
-    """A value about as TOML has it, and not longer than a line of a message can be."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, arrays in arrays without end
-        return "a value that is too long to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    raise UserError(where, shown(value), option.expected, remedy)
 
 
 # ---- writing ----

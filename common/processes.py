@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from options.errors import UserError
+from options.errors import UserError, UserErrors
 
 T = TypeVar("T")
 
@@ -46,6 +46,23 @@ class Processes:
         values: list[T | None] = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def in_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns in the first process, for everyone; all of them call it.
+
+        Raises:
+            UserError: `action` did. All of them are told, or the others would wait for the first one for ever.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                failure = error
+        result, told = self.gather((result, failure and str(failure)))[0]
+        if told is not None:
+            raise failure or UserErrors([told])
+        return result
 
     def device_name(self, given: str | None) -> str | None:
         """What was asked for; else the CPU with `accelerate launch --cpu`; else, of several processes, its own GPU."""

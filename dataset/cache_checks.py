@@ -13,7 +13,7 @@ from dataset.buckets import Size, bucket_sizes, pick_bucket
 from dataset.cache_files import CacheHeader, difference, read_indices
 from dataset.cache_names import ARCHITECTURES, LatentFile
 from dataset.config import ImageDataset, VideoDataset
-from dataset.crops import Crop, plan_crops
+from dataset.crops import Crop, crops_of
 from dataset.fingerprints import ABSENT, MASK_SETTING, Fingerprint, item_identity, text_hash
 from dataset.sources import MediaItem
 from options.geometry import VAE_STRIDE
@@ -164,15 +164,7 @@ def _unplanned(file: LatentFile, num_frames: int | None, dataset: VideoDataset, 
 
 @lru_cache(maxsize=8)
 def _crops(num_frames: int, dataset: VideoDataset) -> frozenset[Crop]:
-    plan = plan_crops(
-        num_frames,
-        mode=dataset.frame_extraction,
-        target_frames=dataset.target_frames,
-        stride=dataset.frame_stride,
-        sample=dataset.frame_sample,
-        max_frames=dataset.max_frames,
-    )
-    return frozenset(plan.crops)
+    return frozenset(crops_of(dataset, num_frames).crops)
 
 
 def _extraction(dataset: VideoDataset) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from common.files import existing_file
 from dataset.buckets import bucket_sizes
-from dataset.config_keys import COMMON_READERS, DATASET_READERS, IMAGE_READERS, READERS, VIDEO_READERS, Rejected, shown
-from options.errors import UserError, UserErrors, did_you_mean, nearest
+from dataset.config_keys import COMMON_READERS, DATASET_READERS, IMAGE_READERS, READERS, VIDEO_READERS, Rejected
+from options.errors import UserError, UserErrors, did_you_mean, nearest, shown
 from options.geometry import SIZE_STEP
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,6 @@ class Rejected(Exception):
     def __init__(self, expected: str, remedy: str = "change it") -> None:
         super().__init__(expected)
         self.expected, self.remedy = expected, remedy
-
-
-def shown(value: object) -> str:
-    """A value as TOML has it, roughly, and not longer than a line of a message can be."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, tables in tables without end
-        return "a value that is too long to show"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_integer(value: object) -> bool:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from options.geometry import FRAMES_PER_LATENT
+
+if TYPE_CHECKING:
+    from dataset.config import VideoDataset
 
 Mode = Literal["head", "chunk", "slide", "uniform", "full"]
 
@@ -93,6 +96,18 @@ def plan_crops(
         found += [Crop(start=start, length=length) for start in dict.fromkeys(starts)]
         notes += _left_out(starts, num_frames, length, mode)
     return CropPlan(crops=tuple(found), notes=tuple(notes))
+
+
+def crops_of(dataset: VideoDataset, num_frames: int) -> CropPlan:
+    """The crops that a data set's settings make of a video, see `plan_crops`."""
+    return plan_crops(
+        num_frames,
+        mode=dataset.frame_extraction,
+        target_frames=dataset.target_frames,
+        stride=dataset.frame_stride,
+        sample=dataset.frame_sample,
+        max_frames=dataset.max_frames,
+    )
 
 
 def _starts(last: int, length: int, mode: str, stride: int, sample: int) -> list[int]:

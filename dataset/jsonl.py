@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dataset.config import unique_keys
-from dataset.config_keys import read_path, shown
+from dataset.config_keys import read_path
 from dataset.items import Found, MediaItem, has_frames, right_number
-from options.errors import nearest
+from options.errors import nearest, shown
 
 
 def collect_jsonl(found: Found) -> None:

@@ -14,7 +14,7 @@ from dataset.buckets import pick_bucket
 from dataset.cache_files import cache_header
 from dataset.cache_names import image_latent_path, latent_files, text_path, video_latent_path
 from dataset.config import ImageDataset, VideoDataset
-from dataset.crops import plan_crops
+from dataset.crops import crops_of
 from dataset.fingerprints import Fingerprint, source_identity
 from dataset.frames import examine_video
 from dataset.jobs import Job, Size, TextJob, Unit
@@ -142,14 +142,7 @@ class _Planner:
         rate = f"{self.rules.fps} from {dataset.source_fps or 'the file'}"
         source_size, length = self._known_video(item, rate) or self._examined(item)
         size = self._bucket(source_size)
-        plan = plan_crops(
-            length,
-            mode=dataset.frame_extraction,
-            target_frames=dataset.target_frames,
-            stride=dataset.frame_stride,
-            sample=dataset.frame_sample,
-            max_frames=dataset.max_frames,
-        )
+        plan = crops_of(dataset, length)
         common = self.settings | {"size": _x(size), "source_size": _x(source_size)}
         common |= {"frame_rate": rate, "source_frames": str(length)}
         units, remarks = [], list(plan.notes)

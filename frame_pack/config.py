@@ -28,10 +28,6 @@ class FramePackConfig:
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 256.0
 
-    @property
-    def num_heads(self) -> int:
-        return self.width // self.head_dim
-
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> FramePackConfig:
         """Dimensions from tensor shapes; rotary axes and base, which shapes do not tell, from `config.json` if any.

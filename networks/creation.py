@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -18,22 +18,27 @@ logger = logging.getLogger(__name__)
 
 def build_network(
     transformer: nn.Module,
-    kind: type[Adapter],
-    arguments: NetworkArguments,
-    families: Sequence[Targets],
     *,
+    kind: type[Adapter],
+    families: Sequence[Targets],
     network_module: str,
-    seed: int,
+    dim: int | None = None,
+    alpha: float | None = None,
+    neuron_dropout: float | None = None,
+    args: Mapping[str, str],
+    seed: int = 0,
 ) -> Network:
     """A new network for `transformer`, which may be on the meta device; its output is zero until it is trained.
 
     Args:
         families: see `choose_layers`.
+        dim, alpha, neuron_dropout, args: see `NetworkArguments.parse`.
         seed: the same one gives the same values to a layer of the same path and shape, in any network.
 
     Raises:
-        UserError: no layer to adapt, or one that `kind` cannot adapt.
+        UserError: an argument that cannot be, another family's transformer, or a layer that `kind` cannot adapt.
     """
+    arguments = NetworkArguments.parse(kind.kind, dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, args=args)
     layers = choose_layers(transformer, families, arguments, network_module=network_module)
     adapters = {path: kind.for_layer(layer, path, arguments) for path, layer in layers.items()}
     for path, adapter in adapters.items():

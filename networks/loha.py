@@ -5,7 +5,7 @@ Source: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,7 +16,6 @@ from networks.adapter import Adapter, alpha_of, fill_normal
 from networks.arguments import Dropout, NetworkArguments
 from networks.creation import build_network
 from networks.deltas import Factors
-from networks.network import Network
 from networks.targets import FRAMEPACK, WAN, linear_only
 
 
@@ -54,19 +53,5 @@ class LohaLayer(Adapter):
         return self.thinned(change, change.shape[-1])
 
 
-def create_network(
-    transformer: nn.Module,
-    *,
-    dim: int | None = None,
-    alpha: float | None = None,
-    neuron_dropout: float | None = None,
-    args: Mapping[str, str],
-    seed: int = 0,
-) -> Network:
-    """LoHa on the same layers as LoRA; the transformer tells whether they are FramePack's or Wan's.
-
-    Raises:
-        UserError: an argument that cannot be, or another family's transformer.
-    """
-    arguments = NetworkArguments.parse("LoHa", dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, args=args)
-    return build_network(transformer, LohaLayer, arguments, (FRAMEPACK, WAN), network_module=__name__, seed=seed)
+create_network = partial(build_network, kind=LohaLayer, families=(FRAMEPACK, WAN), network_module=__name__)
+"""LoHa on the same layers as LoRA; the transformer tells whether they are FramePack's or Wan's."""

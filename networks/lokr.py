@@ -7,7 +7,7 @@ Source: Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Self
 
 import torch
@@ -17,7 +17,6 @@ from networks.adapter import Adapter, alpha_of, fill_kaiming
 from networks.arguments import Dropout, NetworkArguments
 from networks.creation import build_network
 from networks.deltas import Factors
-from networks.network import Network
 from networks.targets import FRAMEPACK, WAN, linear_only
 from options.errors import UserError
 
@@ -100,19 +99,5 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
     return min(small, large), max(small, large)
 
 
-def create_network(
-    transformer: nn.Module,
-    *,
-    dim: int | None = None,
-    alpha: float | None = None,
-    neuron_dropout: float | None = None,
-    args: Mapping[str, str],
-    seed: int = 0,
-) -> Network:
-    """LoKr on the same layers as LoRA; the transformer tells whether they are FramePack's or Wan's.
-
-    Raises:
-        UserError: an argument that cannot be, or another family's transformer.
-    """
-    arguments = NetworkArguments.parse("LoKr", dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, args=args)
-    return build_network(transformer, LokrLayer, arguments, (FRAMEPACK, WAN), network_module=__name__, seed=seed)
+create_network = partial(build_network, kind=LokrLayer, families=(FRAMEPACK, WAN), network_module=__name__)
+"""LoKr on the same layers as LoRA; the transformer tells whether they are FramePack's or Wan's."""

@@ -5,7 +5,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Self
 
 import torch
@@ -17,7 +17,6 @@ from networks.adapter import Adapter, alpha_of, fill_kaiming
 from networks.arguments import Dropout, NetworkArguments
 from networks.creation import build_network
 from networks.deltas import Factors
-from networks.network import Network
 from networks.targets import HUNYUAN_VIDEO, is_large_convolution
 from options.errors import UserError
 
@@ -80,19 +79,5 @@ def _check_groups(layer: nn.Module, path: str) -> None:
         raise UserError("--network_args", got, "layers that LoRA can be added to", "add an exclude pattern for it")
 
 
-def create_network(
-    transformer: nn.Module,
-    *,
-    dim: int | None = None,
-    alpha: float | None = None,
-    neuron_dropout: float | None = None,
-    args: Mapping[str, str],
-    seed: int = 0,
-) -> Network:
-    """LoRA on HunyuanVideo's blocks in the original layout.
-
-    Raises:
-        UserError: an argument that cannot be, or another family's transformer.
-    """
-    arguments = NetworkArguments.parse("LoRA", dim=dim, alpha=alpha, neuron_dropout=neuron_dropout, args=args)
-    return build_network(transformer, LoraLayer, arguments, (HUNYUAN_VIDEO,), network_module=__name__, seed=seed)
+create_network = partial(build_network, kind=LoraLayer, families=(HUNYUAN_VIDEO,), network_module=__name__)
+"""LoRA on HunyuanVideo's blocks in the original layout."""

@@ -18,7 +18,7 @@ from common.weights import Checkpoint
 from networks.deltas import Factors
 from networks.lora_formats import read_lora
 from networks.lora_matching import Matched, match, select
-from networks.lora_metadata import check_output
+from networks.lora_metadata import check_is_other_file
 from options.errors import UserError
 from options.lora import LoraChoice
 
@@ -135,8 +135,8 @@ def merge_into_file(
     if not choices:
         raise UserError(flag, output, "LoRAs to merge", f"give {FLAG}")
     check_output_file(output, checkpoint.num_bytes, flag=flag)
-    check_output(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
-    check_output(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
+    check_is_other_file(output, flag=flag, inputs=checkpoint.files, input_flag="the model's own")
+    check_is_other_file(output, flag=flag, inputs=[choice.path for choice in choices], input_flag=FLAG)
     merge = plan_merge(choices, checkpoint)
     if any(info.num_bytes == math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) > 1):
         logger.warning(

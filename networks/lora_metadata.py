@@ -169,6 +169,11 @@ def check_output(path: str | Path, *, flag: str, inputs: Iterable[str | Path], i
         UserError: another suffix than .safetensors, a folder, an input, or a place that cannot be written to.
     """
     check_output_file(path, 0, flag=flag)
+    check_is_other_file(path, flag=flag, inputs=inputs, input_flag=input_flag)
+
+
+def check_is_other_file(path: str | Path, *, flag: str, inputs: Iterable[str | Path], input_flag: str) -> None:
+    """Raises UserError when an output is one of the inputs; arguments as of `check_output`."""
     files = [adapter_file(file) for file in inputs]
     if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in files):
         raise UserError(flag, path, f"another file than {input_flag}", "give another name")

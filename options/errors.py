@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 
 
@@ -41,6 +42,15 @@ class UserErrors(UserError):
 def one_line(text: str) -> str:
     """`text` with every run of white space, line breaks too, as one space."""
     return " ".join(text.split())
+
+
+def shown(value: object) -> str:
+    """A value of a TOML or JSON file about as it stands there, and not longer than a line of a message can be."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists without end
+        return "a value that is too long to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from options.flag_fields import flag, later
+from options.flags_compile import CompileFlags
 from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
 from options.flags_lora import LoraFlags
 
@@ -22,15 +23,9 @@ class FramePackModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedFlags:
-    """Compilation and caching of steps."""
+class MagCacheFlags:
+    """Steps that are skipped."""
 
-    compile: bool = later("torch.compile the blocks", default=False)
-    compile_backend: str = later("its backend", default="inductor")
-    compile_mode: str = later("its mode", default="default")
-    compile_dynamic: str | None = later("its dynamic shapes: true, false, auto")
-    compile_fullgraph: bool = later("no graph breaks", default=False)
-    compile_cache_size_limit: int | None = later("graphs kept per function")
     magcache_mag_ratios: str | None = later("turns MagCache on: comma list, or 0 for the built-in ratios")
     magcache_retention_ratio: float = later("first fraction of steps that is never skipped", default=0.2)
     magcache_threshold: float = later("limit of the accumulated error", default=0.24)
@@ -47,5 +42,6 @@ class FramePackGenerateFlags:
     output: OutputFlags
     compute: ComputeFlags
     lora: LoraFlags
-    speed: SpeedFlags
+    compilation: CompileFlags
+    magcache: MagCacheFlags
     series: SeriesFlags

@@ -6,6 +6,7 @@ from typing import Literal
 
 from options.errors import UserError
 from options.flag_fields import flag, later
+from options.flags_compile import CompileFlags
 from options.flags_optimizer import OptimizerFlags
 from options.flags_saving import ModelspecFlags, SavingFlags, TrackingFlags, UploadFlags
 from options.flags_timesteps import TimestepFlags
@@ -146,15 +147,9 @@ class AttentionFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileFlags:
-    """Compilation."""
+class DynamoFlags:
+    """Compilation by accelerate."""
 
-    compile: bool = later("torch.compile the blocks", default=False)
-    compile_backend: str = later("its backend", default="inductor")
-    compile_mode: str = later("its mode", default="default")
-    compile_dynamic: str | None = later("its dynamic shapes: true, false, auto")
-    compile_fullgraph: bool = later("no graph breaks", default=False)
-    compile_cache_size_limit: int | None = later("graphs kept per function")
     dynamo_backend: str = later("compilation through accelerate", default="NO")
     dynamo_mode: str | None = later("its mode")
     dynamo_fullgraph: bool = later("no graph breaks", default=False)
@@ -197,3 +192,4 @@ class TrainFlags:
     memory: MemoryFlags
     attention: AttentionFlags
     compilation: CompileFlags
+    dynamo: DynamoFlags

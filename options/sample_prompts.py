@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from options.errors import UserError, UserErrors, did_you_mean
+from options.errors import UserError, UserErrors, did_you_mean, shown
 from options.flags_generate import RequestFlags
 from options.geometry import FRAMEPACK_FPS
 from options.prompt_line import INTEGER, NUMBER, SIDES, LineOption, PromptLine, numbered_lines
@@ -127,17 +127,7 @@ class SamplePrompt:
             return PromptLine.parse(self.entry, self.where, SAMPLE_OPTIONS)
         if isinstance(self.entry, Mapping):
             return _from_table(self.entry, self.where)
-        raise UserError(self.where, _shown(self.entry), 'a text, or a table such as {"prompt": "a cat"}', "change it")
-
-
-def read_sample_prompts(path: str, defaults: RequestFlags) -> tuple[RequestFlags, ...]:
-    """The prompts of a file over what a command line says.
-
-    Raises:
-        UserError: see `sample_prompts`.
-        UserErrors: one line for each bad prompt.
-    """
-    return tuple(each(sample_prompts(path), lambda prompt: prompt.over(defaults)))
+        raise UserError(self.where, shown(self.entry), 'a text, or a table such as {"prompt": "a cat"}', "change it")
 
 
 def each(prompts: Iterable[SamplePrompt], convert: Callable[[SamplePrompt], T]) -> list[T]:
@@ -196,20 +186,20 @@ def _toml_entries(text: str) -> list[tuple[int, object]]:
             raise UserError(name, "an unknown table or key", f"[{PROMPT}] only", f"write it below [{PROMPT}]")
     common = data.get(PROMPT, {})
     if not isinstance(common, Mapping):
-        raise UserError(PROMPT, _shown(common), "a table", "write [prompt], and [[prompt.subset]] above each prompt")
+        raise UserError(PROMPT, shown(common), "a table", "write [prompt], and [[prompt.subset]] above each prompt")
     shared = {key: value for key, value in common.items() if key != SUBSET}
     for key in shared.keys() - {PROMPT}:
         _known(key, f"[{PROMPT}]")
     subsets = common.get(SUBSET, [{}] if shared else [])
     if not isinstance(subsets, list) or not all(isinstance(subset, Mapping) for subset in subsets):
-        raise UserError(f"{PROMPT}.{SUBSET}", _shown(subsets), "tables", "write [[prompt.subset]] above each prompt")
+        raise UserError(f"{PROMPT}.{SUBSET}", shown(subsets), "tables", "write [[prompt.subset]] above each prompt")
     return list(enumerate(({**shared, **subset} for subset in subsets), 1))
 
 
 def _json_entries(text: str) -> list[tuple[int, object]]:
     data = json.loads(text)
     if not isinstance(data, list):
-        raise UserError("its top", _shown(data), "a list of texts and tables", "put [ ] around it")
+        raise UserError("its top", shown(data), "a list of texts and tables", "put [ ] around it")
     return list(enumerate(data, 1))
 
 
@@ -219,7 +209,7 @@ def _json_entries(text: str) -> list[tuple[int, object]]:
 def _from_table(table: Mapping[str, object], where: str) -> PromptLine:
     prompt, overrides = table.get(PROMPT), {}
     if not isinstance(prompt, str | None):
-        raise UserError(where, f"{PROMPT} = {_shown(prompt)}", "a text", "put it in quotes")
+        raise UserError(where, f"{PROMPT} = {shown(prompt)}", "a text", "put it in quotes")
     for key, value in table.items():
         if key == PROMPT or value is None:
             continue
@@ -253,14 +243,5 @@ def _value(option: LineOption, value: object, where: str) -> object:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not isinstance(value, str) and not (is_number and option.convert is not str):
         expected = "a text" if option.convert is str else option.help
-        raise UserError(where, f"{option.key} = {_shown(value)}", expected, "change it")
+        raise UserError(where, f"{option.key} = {shown(value)}", expected, "change it")
     return option.read(str(value).strip(), option.key, where)
-
-
-def _shown(value: object) -> str:
-    """A value about as the file has it, and not longer than a line of a message can be."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        return "lists in lists without end"
-    return text if len(text) <= 80 else f"{text[:77]}..."

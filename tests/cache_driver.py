@@ -7,19 +7,16 @@ python -m tests.cache_driver kills DATA.toml MODE SEED    caches again and again
 from __future__ import annotations
 
 import logging
-import os
 import random
 import shutil
-import signal
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from common.processes import end_process, joined_processes, note_exit_code
 from options.errors import UserError
 from tests.cache_builders import files, run_loop
+from tests.forks import forked
 
 NUM_KILLS = 12
 
@@ -38,46 +35,29 @@ def kills(config: Path, mode: str, seed: str) -> int:
     cache, choose = config.parent / "cache", random.Random(int(seed))
     run_loop(config, mode)  # what is imported late is there now, so that most moments are not within imports
     shutil.rmtree(cache)
-    num_events = forked(config, mode, None)
+    num_events = cached_in_fork(config, mode, None)
     shutil.rmtree(cache)
     for _ in range(NUM_KILLS):
-        if forked(config, mode, choose.randrange(num_events)) is not None:
+        if cached_in_fork(config, mode, choose.randrange(num_events)) is not None:
             # It had less to do than the first one, and finished before its moment.
             shutil.rmtree(cache)
         found = {name: content for name, content in files(cache).items() if not name.startswith(".")}
         for content in found.values():
             load(content)
         sys.stdout.write(f"{len(found)} files, {len(files(cache)) - len(found)} temporary\n")
-    forked(config, mode, None)
+    cached_in_fork(config, mode, None)
     return 0
 
 
-def forked(config: Path, mode: str, last_event: int | None) -> int | None:
-    """Caches in a fork that dies at its `last_event`th call or return: None, or how many there were if it lived."""
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with open(reading, encoding="utf-8") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) != (0 if answer else -signal.SIGKILL):
-            raise RuntimeError(f"the fork ended with {status}")
-        return int(answer) if answer else None
-    # Its own lock is shared by all forks, and one that was killed may have held it.
-    tqdm.set_lock(threading.RLock())
-    num_events = 0
+def cached_in_fork(config: Path, mode: str, last_event: int | None) -> int | None:
+    """See `forked`."""
 
-    def count(*_) -> None:
-        nonlocal num_events
-        if num_events == last_event:
-            os.kill(os.getpid(), signal.SIGKILL)
-        num_events += 1
+    def work(begin: Callable[[], None]) -> int:
+        begin()
+        code, _ = run_loop(config, mode, skip_existing=True)
+        return code
 
-    sys.setprofile(count)
-    code, _ = run_loop(config, mode, skip_existing=True)
-    sys.setprofile(None)
-    os.write(writing, str(num_events).encode())
-    os._exit(code)
+    return forked(work, last_event)
 
 
 if __name__ == "__main__":

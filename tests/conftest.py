@@ -1,7 +1,9 @@
 """What many tests share. torch is imported by the tests that need it, never here while tests are collected."""
 
+import gc
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +15,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from demo.material import Material
     from demo.models import ModelPaths
+    from tests.training_driver import Workshop
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +38,63 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> "Material":
     return write_material(tmp_path_factory.mktemp("material"))
 
 
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> "Workshop":
+    """What training runs need: a small transformer and a data set with caches. Not to be changed by a test."""
+    from tests.training_driver import write_workshop
+
+    return write_workshop(tmp_path_factory.mktemp("学習"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workshop: "Workshop", tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What a run of `HARD` ends with where runs are repeatable."""
+    from tests.training_driver import HARD, final_file, repeatable, train
+
+    command = workshop.command(tmp_path_factory.mktemp("undisturbed"), **HARD)
+    with repeatable():
+        assert train(command) == 0
+    return final_file(command).read_bytes()
+
+
+@pytest.fixture
+def run(workshop: "Workshop", tmp_path: Path) -> Callable[..., "dict[str, Tensor]"]:
+    """Trains into a new folder; returns what the file holds."""
+    from tests.training_driver import trained
+
+    return lambda name="出力 [1]", **changes: trained(workshop.command(tmp_path / name, **changes))
+
+
+@pytest.fixture(scope="module")
+def repeatable_runs() -> Iterator[None]:
+    """Equal training runs give equal bytes in a module that uses this."""
+    from tests.training_driver import repeatable
+
+    with repeatable():
+        yield
+
+
 @pytest.fixture
 def repository() -> Path:
     """The folder that the scripts stand in."""
     return Path(__file__).resolve().parent.parent
+
+
+NEW_MODULES = 100
+_num_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def libraries_out_of_sight() -> None:
+    """Spares the garbage collector the objects of imported libraries, a million of them.
+
+    Whenever a model is freed it is asked to look at everything, which would take most of the time of many tests.
+    """
+    global _num_modules
+    if len(sys.modules) >= _num_modules + NEW_MODULES:
+        _num_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

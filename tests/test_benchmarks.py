@@ -12,7 +12,7 @@ import pytest
 import benchmarks.training
 import fpack_cache_latents
 from benchmarks.caching import Measurement, Task, measure, parse, run_all, table, write_tasks
-from benchmarks.memory import MemoryWatch, Peak, descendants, process_table
+from benchmarks.memory import MemoryWatch, Peak, descendants, process_table, watched
 from demo.models import ModelPaths
 
 HALF_GIB = Peak(main=2**29, workers=None)
@@ -108,6 +108,16 @@ def test_memory_of_a_process_and_of_what_it_starts_is_seen_from_outside() -> Non
         process.stdin.close()
     assert process_table()[os.getpid()][1] > 2**20
     assert watch.peak.workers > 150 << 20 > watch.peak.main > 2**20
+
+
+def test_a_watched_command_tells_what_it_says_and_complains_when_it_fails() -> None:
+    said, peak = watched(
+        [sys.executable, "-S", "-X", "utf8", "-c", "print('測定'); import time; time.sleep(0.1)"], pause=0.01
+    )
+    assert said.strip() == "測定"
+    assert peak.main is None or peak.main > 2**20
+    with pytest.raises(RuntimeError, match="got exit code 3 from .*(?s:.*)no cache"):
+        watched([sys.executable, "-S", "-c", "import sys; print('no cache'); sys.exit(3)"], pause=0.01)
 
 
 def test_nothing_is_claimed_of_a_process_that_was_never_seen() -> None:

@@ -13,41 +13,23 @@ from diffusers import HunyuanVideoFramepackPipeline, HunyuanVideoFramepackTransf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import convert_lora
 from networks.lora_formats import read_lora
 from networks.lora_keys import DOTTED_PREFIXES
 from networks.lora_matching import match
 from networks.lora_metadata import write_lora
+from tests.diffusers_builders import build_small, small_shapes
 
 WIDTH = 32
 METADATA = {"ss_network_dim": "4", "ss_training_comment": "着せ替え", "modelspec.title": "one frame"}
 Tensors = dict[str, Tensor]
 
 
-def build_transformer() -> HunyuanVideoFramepackTransformer3DModel:
-    torch.manual_seed(1)
-    return HunyuanVideoFramepackTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        has_image_proj=True,
-        has_clean_x_embedder=True,
-        rope_axes_dim=(4, 6, 6),
-        text_embed_dim=24,
-        pooled_projection_dim=20,
-        image_proj_dim=28,
-    ).eval()
-
-
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Dotted module name -> shape of its weight, for all linear layers and convolutions."""
-    modules = build_transformer().named_modules()
-    return {name: tuple(m.weight.shape) for name, m in modules if isinstance(m, nn.Linear | nn.Conv3d)}
+    return small_shapes()
 
 
 def native_lora(shapes: Mapping, ranks: tuple[int, ...] = (4,), alphas: tuple[float, ...] = (1.0,)) -> Tensors:
@@ -252,7 +234,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def merged_by_hand(source: Path) -> HunyuanVideoFramepackTransformer3DModel:
-    transformer = build_transformer()
+    transformer = build_small()
     weights = transformer.state_dict()
     matched = match(read_lora(source, flag="--lora_weight"), {name: tuple(w.shape) for name, w in weights.items()})
     assert matched.unmatched == ()
@@ -286,7 +268,7 @@ WITH_METADATA = [load_by_pipeline, load_by_transformer_with_metadata]
 @torch.no_grad()
 def assert_diffusers_agrees(source: Path, load, num_modules: int) -> None:
     other = converted(source, "other.safetensors", "other", "transformer")
-    transformer, plain, by_hand = build_transformer(), build_transformer(), merged_by_hand(source)
+    transformer, plain, by_hand = build_small(), build_small(), merged_by_hand(source)
     load(transformer, other)
     assert sum(isinstance(m, BaseTunerLayer) for m in transformer.modules()) == num_modules
     theirs, ours, base = (model(**inputs(), return_dict=False)[0] for model in (transformer, by_hand, plain))

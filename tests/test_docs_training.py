@@ -18,7 +18,7 @@ from options.flags_optimizer import SCHEDULERS
 from options.flags_timesteps import TimestepFlags, settings_read
 from options.geometry import sections_from_seconds
 from options.request import resolve_request
-from options.sample_prompts import SAMPLE_OPTIONS, read_sample_prompts
+from options.sample_prompts import SAMPLE_OPTIONS, sample_prompts
 
 ROOT = Path(__file__).parent.parent
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md")}
@@ -165,9 +165,8 @@ def test_the_prompts_of_the_guide_can_be_sampled(tmp_path: Path) -> None:
     path = tmp_path / "サンプル.txt"
     path.write_text(prompts, encoding="utf-8")
     frame = RequestFlags(one_frame_inference="default", video_seconds=1 / 30)
-    requests = [
-        resolve_request(flags, image_size=lambda path: (1, 1)) for flags in read_sample_prompts(str(path), frame)
-    ]
+    prompts = sample_prompts(str(path))
+    requests = [resolve_request(prompt.over(frame), image_size=lambda path: (1, 1)) for prompt in prompts]
     assert [request.num_sections for request in requests] == [1, 1, 2]
     assert [request.one_frame is None for request in requests] == [False, False, True]
     kisekaeichi = requests[0].one_frame

@@ -19,34 +19,16 @@ from networks.framepack_names import FRAMEPACK_NAMES
 from networks.lora_formats import LoraFile, read_lora
 from networks.module_names import NameTable
 from options.errors import UserError
+from tests.diffusers_builders import build_small, small_shapes
 
 FLAG = "--lora_weight"
 WIDTH, MLP, RANK = 32, 128, 4
 Tensors = dict[str, Tensor]
 
 
-def build_transformer(heads: int = 2) -> HunyuanVideoFramepackTransformer3DModel:
-    return HunyuanVideoFramepackTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=16,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        has_image_proj=True,
-        has_clean_x_embedder=True,
-        rope_axes_dim=(4, 6, 6),
-        text_embed_dim=24,
-        pooled_projection_dim=20,
-        image_proj_dim=28,
-    )
-
-
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Dotted module name -> shape of its weight, for all linear layers and convolutions of diffusers' FramePack."""
-    with torch.device("meta"):
-        modules = build_transformer().named_modules()
-    return {name: tuple(m.weight.shape) for name, m in modules if isinstance(m, nn.Linear | nn.Conv3d)}
+    return small_shapes()
 
 
 def lora_factors(shape: tuple[int, ...]) -> Tensors:
@@ -224,7 +206,7 @@ def test_shapes_are_read_without_content_and_are_the_same(tmp_path: Path) -> Non
 
 
 def adapted(config: peft.PeftConfig) -> HunyuanVideoFramepackTransformer3DModel:
-    transformer = build_transformer()
+    transformer = build_small()
     transformer.add_adapter(config)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:

@@ -11,7 +11,7 @@ import pytest
 from options.errors import UserError
 from options.flags_generate import RequestFlags
 from options.request import resolve_request
-from options.sample_prompts import KEYS, SAMPLE_OPTIONS, read_sample_prompts, sample_prompts
+from options.sample_prompts import KEYS, SAMPLE_OPTIONS, each, sample_prompts
 from training.sampling import sample_jobs
 
 DEFAULTS = RequestFlags()
@@ -24,8 +24,13 @@ def prompt_file(folder: Path, text: str, suffix: str = ".txt") -> str:
     return str(path)
 
 
+def read(path: str, defaults: RequestFlags = DEFAULTS) -> list[RequestFlags]:
+    """The prompts of a file over what a command line says."""
+    return each(sample_prompts(path), lambda prompt: prompt.over(defaults))
+
+
 def flags_of(folder: Path, text: str, suffix: str = ".txt", defaults: RequestFlags = DEFAULTS) -> RequestFlags:
-    (flags,) = read_sample_prompts(prompt_file(folder, text, suffix), defaults)
+    (flags,) = read(prompt_file(folder, text, suffix), defaults)
     return flags
 
 
@@ -128,7 +133,7 @@ def test_documented_lines_are_understood(tmp_path):
 
 def test_comments_also_behind_spaces_and_blank_lines_are_no_prompts(tmp_path):
     path = prompt_file(tmp_path, "# one\n\n  # two\n  猫 --d 3  \n\u3000\nb #1\r\n")
-    assert [flags.prompt for flags in read_sample_prompts(path, DEFAULTS)] == ["猫", "b #1"]
+    assert [flags.prompt for flags in read(path)] == ["猫", "b #1"]
     assert [prompt.where for prompt in sample_prompts(path)] == ["例 prompts.txt line 4", "例 prompts.txt line 6"]
     assert [prompt.number for prompt in sample_prompts(path)] == [0, 1]
 
@@ -145,13 +150,13 @@ def test_a_toml_subset_wins_over_what_all_share(tmp_path, bom):
     prompt = "犬"
     seed = 2
     """
-    first, second = read_sample_prompts(prompt_file(tmp_path, text, ".toml"), DEFAULTS)
+    first, second = read(prompt_file(tmp_path, text, ".toml"))
     assert [(f.prompt, f.seed, f.video_size[1]) for f in (first, second)] == [("猫", 1, 512), ("犬", 2, 512)]
 
 
 def test_json_lists_hold_lines_and_tables(tmp_path):
     text = json.dumps(["猫 --d 3", {"prompt": "a --d 5", "seed": None, "sample_steps": "7"}])
-    line, table = read_sample_prompts(prompt_file(tmp_path, text, ".json"), DEFAULTS)
+    line, table = read(prompt_file(tmp_path, text, ".json"))
     assert (line.prompt, line.seed) == ("猫", 3)
     assert (table.prompt, table.seed, table.infer_steps) == ("a --d 5", None, 7)
 
@@ -188,7 +193,7 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     for name in ("nothing.txt", "latin.txt"):
         with pytest.raises(UserError, match="--sample_prompts: got .*; expected a UTF-8 text file"):
-            read_sample_prompts(str(tmp_path / name), DEFAULTS)
+            read(str(tmp_path / name))
 
 
 # ---- mistakes ----
@@ -317,8 +322,8 @@ def test_a_prompt_may_be_shared_by_all_subsets(tmp_path):
     file.write_text(
         '[prompt]\nprompt = "a cat"\nwidth = 256\n[[prompt.subset]]\nseed = 1\n[[prompt.subset]]\n', "utf-8"
     )
-    first, second = read_sample_prompts(file, RequestFlags())
+    first, second = read(file)
     assert (first.prompt, first.seed, second.prompt, second.seed) == ("a cat", 1, "a cat", None)
     file.write_text('[prompt]\nprompt = "a dog"\n', "utf-8")
-    (only,) = read_sample_prompts(file, RequestFlags())
+    (only,) = read(file)
     assert only.prompt == "a dog"

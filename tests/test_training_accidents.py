@@ -8,15 +8,10 @@ import pytest
 import torch
 
 import fpack_train_network
-from tests.training_driver import NAME, Workshop, write_workshop
+from tests.training_driver import NAME
 from training import step, trainer
 from training.objective import Objective
 from training.states import state_step
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return write_workshop(tmp_path_factory.mktemp("事故"))
 
 
 def fail_at_step_three(error: Exception, monkeypatch) -> None:

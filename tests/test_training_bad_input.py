@@ -15,20 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from common.weights import Checkpoint
 from tests.training_builders import write_data_set
-from tests.training_driver import NAME, Workshop, final_file, item, metadata, train, write_workshop
+from tests.training_driver import NAME, Workshop, final_file, item, metadata, train
 
 LINE = re.compile(r"[^:]+: got .+; expected .+; .+")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return write_workshop(tmp_path_factory.mktemp("学習"))
-
-
-@pytest.fixture(scope="module")
-def finished(workshop) -> Path:
+def finished(workshop, tmp_path_factory) -> Path:
     """The folder of a run, with its file and state."""
-    command = workshop.command(workshop.folder / "済み", max_train_steps=1, save_state=True)
+    command = workshop.command(tmp_path_factory.mktemp("済み"), max_train_steps=1, save_state=True)
     assert train(command) == 0
     return final_file(command).parent
 

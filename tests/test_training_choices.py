@@ -38,41 +38,15 @@ from tests.training_driver import (
     item,
     metadata,
     recorded,
-    repeatable,
     train,
     trained,
     ups,
-    write_workshop,
 )
 from training.timesteps import draw_noise, item_seed
 from training.validation import SEED, SIGMAS
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_bytes_for_equal_runs() -> Iterator[None]:
-    with repeatable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return write_workshop(tmp_path_factory.mktemp("学習"))
-
-
-@pytest.fixture
-def run(workshop, tmp_path):
-    """Trains into a new folder; returns what the file holds."""
-    return lambda name="出力 [1]", **changes: trained(workshop.command(tmp_path / name, **changes))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workshop) -> bytes:
-    """What a run of `HARD` ends with."""
-    command = workshop.command(workshop.folder / "undisturbed", **HARD)
-    assert train(command) == 0
-    return final_file(command).read_bytes()
+pytestmark = pytest.mark.usefixtures("repeatable_runs")
 
 
 # ---- validation ----

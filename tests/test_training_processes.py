@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,30 +18,17 @@ from tests.training_driver import (
     HARD,
     NAME,
     NUM_KILLS,
-    Workshop,
     final_file,
     item,
     output_of,
-    repeatable,
     spoil,
     train,
     trained,
-    write_workshop,
 )
 
+pytestmark = pytest.mark.usefixtures("repeatable_runs")
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals and forks of POSIX")
 RATES = {"lr_scheduler": "cosine", "lr_warmup_steps": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_bytes_as_in_other_processes() -> Iterator[None]:
-    with repeatable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return write_workshop(tmp_path_factory.mktemp("学習"))
 
 
 def environment() -> dict[str, str]:
@@ -112,12 +98,13 @@ def side_by_side(*command: str | Path, repository: Path) -> subprocess.Completed
 
 
 @pytest.fixture(scope="module")
-def commands(workshop) -> dict[str, list[str]]:
+def commands(workshop, tmp_path_factory) -> dict[str, list[str]]:
     """Runs for two processes, one after the other; with dropout, every process draws its own."""
-    even = workshop.data.with_name("四.toml")
+    folder = tmp_path_factory.mktemp("二人")
+    even = folder / "四.toml"
     text = workshop.data.read_text(encoding="utf-8").replace("num_repeats = 3", "num_repeats = 4")
     even.write_text(text, encoding="utf-8")
-    folder, dropout = workshop.folder, {"network_dropout": 0.3, "max_train_steps": 9}
+    dropout = {"network_dropout": 0.3, "max_train_steps": 9}
     alike = {"dataset_config": even, "optimizer_type": "SGD", "learning_rate": 0.5, "max_grad_norm": 0.1}
     saves = {"save_every_n_steps": 4, "save_state": True}
     bad = write_data_set(folder / "壊れた", {name: item(1) for name in ("a", "b", "c", "猫")}, batch_size=1)
@@ -133,9 +120,9 @@ def commands(workshop) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def told(workshop, commands) -> list[dict]:
+def told(commands, tmp_path_factory) -> list[dict]:
     """What both processes say of all runs."""
-    runs = written(workshop.folder / "runs.json", commands)
+    runs = written(tmp_path_factory.mktemp("二人") / "runs.json", commands)
     repository = Path(__file__).resolve().parent.parent
     answer = side_by_side("-m", "tests.training_driver", "together", runs, repository=repository)
     assert answer.returncode == 0, answer.stderr

@@ -6,7 +6,6 @@ import math
 import re
 import signal
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from tests.training_builders import build_transformer, difference, write_data_se
 from tests.training_driver import (
     HARD,
     NAME,
-    Workshop,
     after_step,
     final_file,
     finite,
@@ -28,33 +26,15 @@ from tests.training_driver import (
     names_in,
     output_of,
     recorded,
-    repeatable,
     spoil,
     train,
     trained,
     ups,
-    write_workshop,
 )
 from training.objective import Objective
 from training.tracking import Trackers
 
-
-@pytest.fixture(scope="module", autouse=True)
-def same_bytes_for_equal_runs() -> Iterator[None]:
-    with repeatable():
-        yield
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Workshop:
-    return write_workshop(tmp_path_factory.mktemp("学習"))
-
-
-@pytest.fixture
-def run(workshop, tmp_path):
-    """Trains into a new folder; returns what the file holds."""
-    return lambda name="出力 [1]", **changes: trained(workshop.command(tmp_path / name, **changes))
-
+pytestmark = pytest.mark.usefixtures("repeatable_runs")
 
 # ---- exact resumption ----
 
@@ -109,14 +89,6 @@ def test_an_epochs_last_batches_weigh_as_much_as_others_when_they_are_fewer_than
     wanted = run("one", dataset_config=data, optimizer_type="SGD", max_grad_norm=0)
     found = run("three", dataset_config=data, optimizer_type="SGD", max_grad_norm=0, gradient_accumulation_steps=3)
     assert difference(found, wanted) == 0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workshop) -> bytes:
-    """What a run of `HARD` ends with."""
-    command = workshop.command(workshop.folder / "undisturbed", **HARD)
-    assert train(command) == 0
-    return final_file(command).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

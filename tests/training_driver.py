@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 import fpack_train_network
 from common.processes import joined_processes, note_exit_code
+from tests.forks import forked
 from tests.training_builders import Contents, one_frame_item, write_data_set, write_transformer
 from training.checkpoints import CheckpointWriter
 from training.resuming import newest_state, remove_leftovers
@@ -185,7 +186,7 @@ def kills(run: Path, seed: str) -> int:
     num_events, undisturbed = whole(command)
     before = 0
     for _ in range(NUM_KILLS):
-        if forked(command, choose.randrange(num_events)) is not None:
+        if trained_in_fork(command, choose.randrange(num_events)) is not None:
             # It had less to do than the first one, and finished before its moment.
             if final_file(command).read_bytes() != undisturbed:
                 raise RuntimeError("a run that was killed before ended with other bytes")
@@ -199,7 +200,7 @@ def kills(run: Path, seed: str) -> int:
             load_file(file)
         sys.stdout.write(f"{step}\n")
         before = step
-    forked(command, None)
+    trained_in_fork(command, None)
     return int(final_file(command).read_bytes() != undisturbed)
 
 
@@ -208,43 +209,23 @@ def whole(command: Sequence[str]) -> tuple[int, bytes]:
     train(command)  # what is imported late is there now, so that most moments are not within imports
     undisturbed = final_file(command).read_bytes()
     shutil.rmtree(output_of(command))
-    num_events = forked(command, None)
+    num_events = trained_in_fork(command, None)
     shutil.rmtree(output_of(command))
     return num_events, undisturbed
 
 
-def forked(command: Sequence[str], last_event: int | None) -> int | None:
-    """Trains in a fork that dies at its `last_event`th call or return: None, or how many there were if it lived."""
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with open(reading, encoding="utf-8") as pipe:
-            answer = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) != (0 if answer else -signal.SIGKILL):
-            raise RuntimeError(f"the fork ended with {status}")
-        return int(answer) if answer else None
-    from tqdm import tqdm
+def trained_in_fork(command: Sequence[str], last_event: int | None) -> int | None:
+    """See `forked`."""
 
-    # Its own lock is shared by all forks, and one that was killed may have held it.
-    tqdm.set_lock(threading.RLock())
-    num_events = 0
+    def work(begin: Callable[[], None]) -> int:
+        def begin_and_remove(*arguments, **rest) -> None:
+            begin()
+            remove_leftovers(*arguments, **rest)
 
-    def count(*_) -> None:
-        nonlocal num_events
-        if num_events == last_event:
-            os.kill(os.getpid(), signal.SIGKILL)
-        num_events += 1
+        with patch("training.trainer.remove_leftovers", begin_and_remove):  # the first that is done to the folder
+            return train(command)
 
-    def begin(*arguments, **rest) -> None:
-        sys.setprofile(count)
-        remove_leftovers(*arguments, **rest)
-
-    with patch("training.trainer.remove_leftovers", begin):  # the first that is done to the folder
-        code = train(command)
-    sys.setprofile(None)
-    os.write(writing, str(num_events).encode())
-    os._exit(code)
+    return forked(work, last_event)
 
 
 def ctrl_c(run: Path) -> int:

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dataset.config import DatasetConfig, load_dataset_config
 from dataset.training_dataset import TrainingDataset
 from networks.lora_merge import LoraMerge, plan_merge
 from networks.network import Network
-from options.errors import UserError, UserErrors
+from options.errors import UserError
 from options.flags_saving import AUTO, HubFolder
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
@@ -90,7 +89,7 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     device = pick_device(processes.device_name(flags.devices.device))
     mixed_precision = _mixed_precision(flags, device)
     check_trackers(flags.tracking)
-    _check_in_main(processes, lambda: check_writable_folder(flags.saving.output_dir, flag="--output_dir"))
+    processes.in_main(lambda: check_writable_folder(flags.saving.output_dir, flag="--output_dir"))
     resume = _resume_folder(flags, processes)
     seed = _seed(flags, resume, processes)
 
@@ -130,9 +129,9 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         expected = f"at most the {saves.num_steps} steps of this run"
         remedy = "give more --max_train_steps or --max_train_epochs"
         raise UserError("--resume", f"{resume}, a state after step {step}", expected, remedy)
-    _check_in_main(processes, lambda: _check_room(saves, network, flags, step=step))
+    processes.in_main(lambda: _check_room(saves, network, flags, step=step))
     if flags.upload.huggingface_repo_id is not None:
-        _check_in_main(processes, lambda: Uploader(flags.upload).prepare())
+        processes.in_main(lambda: Uploader(flags.upload).prepare())
     return TrainPlan(
         device=device,
         dtype=_transformer_dtype(device),
@@ -151,19 +150,6 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         fingerprint=fingerprint,
         settings=_settings(flags, mixed_precision, saves.num_steps),
     )
-
-
-def _check_in_main(processes: Processes, check: Callable[[], object]) -> None:
-    """Checks in the first process and complains in all: the others would wait for it."""
-    failure: UserError | None = None
-    try:
-        if processes.is_main:
-            check()
-    except UserError as error:
-        failure = error
-    told = processes.gather(failure and str(failure))[0]
-    if told is not None:
-        raise failure or UserErrors([told])
 
 
 def _save_plan(flags: TrainFlags, dataset: TrainingDataset, processes: Processes) -> SavePlan:
@@ -220,8 +206,7 @@ def _resume_folder(flags: TrainFlags, processes: Processes) -> Path | None:
     if saving.resume is None:
         return None
     if saving.resume == AUTO:
-        found = newest_state(saving.output_dir, saving.output_name) if processes.is_main else None
-        return processes.gather(found)[0]
+        return processes.in_main(lambda: newest_state(saving.output_dir, saving.output_name))
     if saving.resume_from_huggingface:
         return download_state(HubFolder.parse(saving.resume), token=flags.upload.huggingface_token)
     return Path(saving.resume)
@@ -233,7 +218,7 @@ def _seed(flags: TrainFlags, resume: Path | None, processes: Processes) -> int:
         return flags.run.seed
     if resume is not None:
         return recorded_fingerprint(resume)["seed"]
-    return processes.gather(secrets.randbits(32))[0]
+    return processes.in_main(lambda: secrets.randbits(32))
 
 
 def _base_model(architecture: Architecture, merge: LoraMerge) -> str:

@@ -91,8 +91,13 @@ def sample_due(flags: SampleFlags, *, step: int, epoch_end: int | None) -> bool:
     if step == 0:
         return flags.sample_at_first
     by_step = flags.sample_every_n_steps and step % flags.sample_every_n_steps == 0
-    by_epoch = flags.sample_every_n_epochs and epoch_end is not None and epoch_end % flags.sample_every_n_epochs == 0
-    return bool(by_step or by_epoch)
+    return bool(by_step) or epoch_due(flags, epoch_end) is not None
+
+
+def epoch_due(flags: SampleFlags, epoch_end: int | None) -> int | None:
+    """The epoch that has just ended if its end is a time for samples, else None."""
+    every = flags.sample_every_n_epochs
+    return epoch_end if every and epoch_end is not None and epoch_end % every == 0 else None
 
 
 # ---- making them ----

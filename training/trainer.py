@@ -19,7 +19,7 @@ from common.processes import Processes
 from dataset.epochs import ItemKey, Position, stable_number
 from dataset.training_dataset import BatchLoader, TrainBatch
 from modules.checkpointing import Checkpointing
-from options.errors import UserError, UserErrors, one_line
+from options.errors import UserError, one_line
 from options.flags_train import TrainFlags
 from training.architecture import Architecture
 from training.checkpoints import CheckpointWriter, Save
@@ -32,7 +32,7 @@ from training.optimizers import evaluation_weights
 from training.plan import TrainPlan
 from training.random_state import random_state, restore_random_state
 from training.resuming import changed_settings, remove_leftovers
-from training.sampling import Samples, sample_due
+from training.sampling import Samples, epoch_due, sample_due
 from training.states import RunState, load_state, save_state
 from training.step import NotFinite, Stepper, StepResult
 from training.timesteps import stratified_quantiles
@@ -241,20 +241,13 @@ class Trainer:
         """All processes come here; the first one writes."""
         rng = self._processes.gather(random_state(self._plan.device)) if save.has_state else []
         reports = self._processes.gather(self._report.state()) if save.has_state else []
-        failure: UserError | None = None
-        if self._processes.is_main:
+
+        def write() -> bool:
             state = self._state(tuple(rng), reports) if save.has_state else None
-            try:
-                is_saved = self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
-                if is_saved and save.has_state:
-                    self._step_with_state = self.step
-            except UserError as error:
-                failure = error
-        # Told to all, or the others would wait for the first process for ever.
-        told = next(filter(None, self._processes.gather(failure and str(failure))), None)
-        if told is not None:
-            raise failure or UserErrors([told])
-        self._step_with_state = self._processes.gather(self._step_with_state)[0]
+            return self._writer.write(save, self._write_file, lambda folder: save_state(folder, state))
+
+        if self._processes.in_main(write) and save.has_state:
+            self._step_with_state = self.step
 
     def _write_file(self, path: Path) -> None:
         flags, plan, architecture = self._flags, self._plan, self._architecture
@@ -284,13 +277,11 @@ class Trainer:
     def _sample(self, *, epoch_end: int | None) -> None:
         if self._samples is None or not sample_due(self._flags.samples, step=self.step, epoch_end=epoch_end):
             return
-        every = self._flags.samples.sample_every_n_epochs
-        epoch = epoch_end if every and epoch_end is not None and epoch_end % every == 0 else None
         with self._evaluating():
             self._samples.make(
                 self.transformer,
                 step=self.step,
-                epoch=epoch,
+                epoch=epoch_due(self._flags.samples, epoch_end),
                 session=self._session.id,
                 is_stopping=lambda: self._interruption.number is not None,
             )
