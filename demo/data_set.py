@@ -1,28 +1,34 @@
-"""A small data set out of the material, and the commands that cache it as a user would.
+"""A small data set out of the toy world, as a user would lay it out, and the commands that cache it.
 
-Kisekaeichi items are made backwards, from the result to what it was made of, because then the result is known exactly:
-the middle of one photograph inside the surroundings of another.
+The kisekaeichi items are made backwards: what both pictures together are to give is known exactly.
 """
 
+import itertools
 import json
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from demo.material import Material, clip_path, soft_ellipse
-from demo.models import ModelPaths
+from common.media import write_video
+from demo.encoders import ModelPaths
+from demo.toy.dit import dress_masks
+from demo.toy.pool import dressed_picture
+from demo.toy.world import SIZE, TOGETHER, Scene, scenes
 
+SEED = 400
+NUM_IMAGES = 2
+CLIP_FRAMES, FPS = 73, 30
+FREE_INDICES = 16
+"""How long the clip's shape has to move."""
 IMAGES = """\
 [[datasets]]
 image_directory = {result}
 control_directory = {controls}
 cache_directory = {cache}
 caption_extension = ".txt"
-resolution = 192
-enable_bucket = true
+resolution = {size}
 batch_size = 2
 fp_1f_clean_indices = [0, 10]
 fp_1f_target_index = 1
@@ -33,10 +39,9 @@ VIDEOS = """\
 video_directory = {videos}
 cache_directory = {cache}
 caption_extension = ".txt"
-resolution = 128
-enable_bucket = true
+resolution = {size}
 frame_extraction = "full"
-max_frames = 37
+max_frames = {frames}
 """
 
 
@@ -55,38 +60,37 @@ class DataSet:
         return tuple(self.folder / "preview" / f"{config.stem}_01_001.png" for config in (self.images, self.videos))
 
 
-def write_data_set(folder: Path, material: Material) -> DataSet:
+def write_data_set(folder: Path) -> DataSet:
     """Writes two kisekaeichi items and one clip with their captions into `folder` (made if need be)."""
     result, controls, videos = (folder / name for name in ("result", "controls", "videos"))
     for new in (result, controls, videos):
         new.mkdir(parents=True, exist_ok=True)
-    items = {
-        "astronaut": (material.astronaut, material.coffee, (384, 384), "The astronaut is dressed in coffee."),
-        "cat": (material.chelsea, material.astronaut, (480, 320), "The cat is dressed as an astronaut."),
-    }
-    for stem, (middle, around, size, caption) in items.items():
-        _write_kisekaeichi(result / f"{stem}.png", controls, middle, around, size)
-        (result / f"{stem}.txt").write_text(caption, encoding="utf-8")
-    shutil.copyfile(clip_path("bikes"), videos / "bikes.mp4")
-    (videos / "bikes.txt").write_text("A street seen from above, then a man in it.", encoding="utf-8")
+    for pair in itertools.islice(clear_pairs(scenes(SEED)), NUM_IMAGES):
+        stem = f"{pair[1].colour}_{pair[1].shape}"
+        for number, (scene, mask) in enumerate(zip(pair, dress_masks(*pair), strict=True)):
+            control = Image.fromarray(scene.picture())
+            control.putalpha(Image.fromarray(mask))
+            control.save(controls / f"{stem}_{number}.png")
+        Image.fromarray(dressed_picture(*pair)).save(result / f"{stem}.png")
+        (result / f"{stem}.txt").write_text(TOGETHER, encoding="utf-8")
+    moving = next(scenes(SEED, free_indices=FREE_INDICES))
+    write_video(videos / "moving.mp4", moving.clip(CLIP_FRAMES), fps=FPS)
+    (videos / "moving.txt").write_text(moving.caption, encoding="utf-8")
+    images_cache, videos_cache = quoted(folder / "cache"), quoted(folder / "cache_videos")
     texts = {
-        "images": IMAGES.format(result=quoted(result), controls=quoted(controls), cache=quoted(folder / "cache")),
-        "videos": VIDEOS.format(videos=quoted(videos), cache=quoted(folder / "cache_videos")),
+        "images": IMAGES.format(result=quoted(result), controls=quoted(controls), cache=images_cache, size=SIZE),
+        "videos": VIDEOS.format(videos=quoted(videos), cache=videos_cache, size=SIZE, frames=CLIP_FRAMES),
     }
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text, encoding="utf-8")
     return DataSet(folder=folder, **{name: folder / f"{name}.toml" for name in texts})
 
 
-def _write_kisekaeichi(result: Path, controls: Path, middle: Path, around: Path, size: tuple[int, int]) -> None:
-    """Writes the result and its two control images, each transparent where it does not show in the result."""
-    inside = soft_ellipse(*size)
-    outside = Image.fromarray(255 - np.asarray(inside))
-    pair = [ImageOps.fit(Image.open(path).convert("RGB"), size) for path in (middle, around)]
-    Image.composite(pair[0], pair[1], inside).save(result)
-    for number, (picture, alpha) in enumerate(zip(pair, (inside, outside), strict=True)):
-        picture.putalpha(alpha)
-        picture.save(controls / f"{result.stem}_{number}.png")
+def clear_pairs(drawn: Iterator[Scene]) -> Iterator[tuple[Scene, Scene]]:
+    """Pairs out of a row of scenes, of four colours each: one can see what comes from where."""
+    for pair in zip(drawn, drawn, strict=False):
+        if len({colour for scene in pair for colour in (scene.colour, scene.background)}) == 4:
+            yield pair
 
 
 def quoted(path: Path) -> str:
@@ -95,14 +99,11 @@ def quoted(path: Path) -> str:
 
 
 def caching_commands(models: ModelPaths, data_set: DataSet) -> list[list[str]]:
-    """What a user writes behind `python`: latents with previews, then texts, for either data set file."""
-    image_models = ["--vae", str(models.vae), "--image_encoder", str(models.image_encoder)]
-    text_models = ["--text_encoder1", str(models.text_encoder1), "--text_encoder2", str(models.text_encoder2)]
+    """What a user writes behind `python`: latents with previews, for either data set file."""
+    encoders = ["--vae", str(models.vae), "--image_encoder", str(models.image_encoder)]
+    preview = ["--preview", str(data_set.folder / "preview"), "--device", "cpu", "--num_workers", "0"]
     one_frame = ["--one_frame", "--one_frame_no_2x", "--one_frame_no_4x"]
-    commands = []
-    for config, mode in ((data_set.images, one_frame), (data_set.videos, [])):
-        data = ["--dataset_config", str(config), "--device", "cpu", "--num_workers", "0"]
-        preview = ["--preview", str(data_set.folder / "preview")]
-        commands.append(["fpack_cache_latents.py", *data, *image_models, *mode, *preview])
-        commands.append(["fpack_cache_text_encoder_outputs.py", *data, *text_models])
-    return commands
+    return [
+        ["fpack_cache_latents.py", "--dataset_config", str(config), *encoders, *mode, *preview]
+        for config, mode in ((data_set.images, one_frame), (data_set.videos, []))
+    ]

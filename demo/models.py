@@ -8,38 +8,21 @@ They are made by diffusers' and transformers' own classes, so nothing of ours de
 """
 
 import hashlib
-import json
 import math
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
 
 from common.files import atomic_folder
 from demo.copying import copy_controls, let_colours_through
-from demo.small_tokenizers import save_clip_tokenizer, save_llama_tokenizer
+from demo.encoders import EncoderSizes, ModelPaths, save_encoders, stored_as
 
 SEED = 20250417
 NUM_SHARDS = 3
 TEXT_WIDTH, POOLED_WIDTH, IMAGE_WIDTH = 256, 128, 144
 STAMP_NAME = "recipe.txt"
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelPaths:
-    """What a user would write behind the flags of the same names."""
-
-    dit: Path
-    vae: Path
-    text_encoder1: Path
-    text_encoder2: Path
-    image_encoder: Path
 
 
 def build_models(folder: Path) -> ModelPaths:
@@ -49,42 +32,28 @@ def build_models(folder: Path) -> ModelPaths:
         with atomic_folder(folder) as new:
             _build(new)
             (new / STAMP_NAME).write_text(recipe(), encoding="utf-8")
-    hunyuan = folder / "HunyuanVideo"
-    return ModelPaths(
-        dit=folder / "FramePackI2V_HY",
-        vae=hunyuan,
-        text_encoder1=hunyuan,
-        text_encoder2=hunyuan,
-        image_encoder=folder / "flux_redux_bfl",
-    )
+    return ModelPaths.under(folder)
 
 
 def recipe() -> str:
     """A hash over the code that makes the models and the versions of the libraries that it uses."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    folder = Path(__file__).parent
+    names = ("models.py", "encoders.py", "small_tokenizers.py", "copying.py")
+    sources = [folder / name for name in names]
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "tokenizers")]
     text = "\n".join([*libraries, *(source.read_text(encoding="utf-8") for source in sources)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _build(folder: Path) -> None:
-    hunyuan = folder / "HunyuanVideo"
-    llama_vocabulary = save_llama_tokenizer(hunyuan / "tokenizer")
-    clip_vocabulary = save_clip_tokenizer(hunyuan / "tokenizer_2")
     # Each model from its own seed: a change of one leaves the others as they are. The caller's random state is kept.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        _save_in_shards(_stored_as(torch.bfloat16, _transformer()), folder / "FramePackI2V_HY")
+        _save_in_shards(stored_as(torch.bfloat16, _transformer()), folder / "FramePackI2V_HY")
         torch.manual_seed(SEED + 1)
-        _stored_as(torch.float16, _vae()).save_pretrained(hunyuan / "vae")
-        torch.manual_seed(SEED + 2)
-        _stored_as(torch.float16, _llama(llama_vocabulary)).save_pretrained(hunyuan / "text_encoder")
-        torch.manual_seed(SEED + 3)
-        _stored_as(torch.float16, _clip_text(clip_vocabulary)).save_pretrained(hunyuan / "text_encoder_2")
-        torch.manual_seed(SEED + 4)
-        image_encoder = folder / "flux_redux_bfl" / "image_encoder"
-        _stored_as(torch.float16, _siglip()).save_pretrained(image_encoder)
-    _save_image_processor(folder / "flux_redux_bfl" / "feature_extractor")
+        stored_as(torch.float16, _vae()).save_pretrained(folder / "HunyuanVideo" / "vae")
+    sizes = EncoderSizes(text=TEXT_WIDTH, pooled=POOLED_WIDTH, image=IMAGE_WIDTH)
+    save_encoders(folder, sizes, seed=SEED + 2)
 
 
 def _transformer() -> HunyuanVideoFramepackTransformer3DModel:
@@ -121,81 +90,3 @@ def _vae() -> AutoencoderKLHunyuanVideo:
     model = AutoencoderKLHunyuanVideo(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
     let_colours_through(model)
     return model
-
-
-def _llama(vocabulary: int) -> LlamaModel:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        initializer_range=TEXT_WIDTH**-0.5,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaModel(config)
-    _enlarge(model.embed_tokens, 8.0)
-    return model
-
-
-def _clip_text(vocabulary: int) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=POOLED_WIDTH,
-        intermediate_size=2 * POOLED_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=POOLED_WIDTH // 64,
-        projection_dim=POOLED_WIDTH,
-        initializer_factor=2.0,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    return CLIPTextModel(config)
-
-
-def _siglip() -> SiglipVisionModel:
-    config = SiglipVisionConfig(
-        hidden_size=IMAGE_WIDTH,
-        intermediate_size=2 * IMAGE_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=IMAGE_WIDTH // 72,
-        image_size=384,
-        patch_size=14,
-    )
-    return SiglipVisionModel(config)
-
-
-def _stored_as(dtype: torch.dtype, model: Model) -> Model:
-    """The model in the type of the published file; tensor by tensor, as diffusers warns about `to`."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-@torch.no_grad()
-def _enlarge(module: nn.Module, factor: float) -> None:
-    """Brings an embedding to the size that trained ones have, so that it is not lost among the biases."""
-    module.weight *= factor
-
-
-def _save_image_processor(folder: Path) -> None:
-    settings = {
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": 384, "width": 384},
-    }
-    folder.mkdir(parents=True)
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8", newline="\n")

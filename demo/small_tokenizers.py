@@ -1,5 +1,6 @@
 """Small byte-level BPE tokenizers with the manners of LLaMA-3's and CLIP's: any UTF-8 text goes in."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -24,9 +25,9 @@ LLAMA_VOCABULARY = 768
 CLIP_VOCABULARY = 512
 
 
-def save_llama_tokenizer(folder: Path) -> int:
+def save_llama_tokenizer(folder: Path, corpus: Iterable[str] = CORPUS) -> int:
     """Writes a tokenizer that puts `<|begin_of_text|>` in front, and returns the size of its vocabulary."""
-    tokenizer = _trained(LLAMA_VOCABULARY, LLAMA_SPECIALS)
+    tokenizer = _trained(corpus, LLAMA_VOCABULARY, LLAMA_SPECIALS)
     begin = LLAMA_SPECIALS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A",
@@ -47,12 +48,12 @@ def save_llama_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def save_clip_tokenizer(folder: Path) -> int:
+def save_clip_tokenizer(folder: Path, corpus: Iterable[str] = CORPUS) -> int:
     """Writes a tokenizer that lower-cases, frames the text with its specials and stops at 77 tokens.
 
     The end token has the highest id, as in CLIP: its text model pools where the id is highest.
     """
-    tokenizer = _trained(CLIP_VOCABULARY, CLIP_SPECIALS)
+    tokenizer = _trained(corpus, CLIP_VOCABULARY, CLIP_SPECIALS)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     begin, end = CLIP_SPECIALS
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -74,13 +75,13 @@ def save_clip_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def _trained(vocabulary: int, specials: tuple[str, ...]) -> Tokenizer:
+def _trained(corpus: Iterable[str], vocabulary: int, specials: tuple[str, ...]) -> Tokenizer:
     """A byte-level BPE of at most `vocabulary` tokens from the corpus, with the specials after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return tokenizer

@@ -165,16 +165,7 @@ class FramePackArchitecture:
             raise UserError("--dataset_config", f"caches without {missing[0]}", expected, "run both caching scripts")
 
     def predict_velocity(self, transformer: nn.Module, noisy: Tensor, sigmas: Tensor, batch: TrainBatch) -> Tensor:
-        contents = batch.contents
-        conditioning = Conditioning(
-            context=from_batch(contents),
-            text=contents[TEXT],
-            text_mask=contents[TEXT_MASK].bool(),
-            pooled=contents[POOLED],
-            image=contents[FEATURES],
-            guidance=guidance_input(self.distilled_guidance, len(noisy)),
-        )
-        return transformer(noisy, sigmas * NUM_TIMESTEPS, conditioning)
+        return predict_velocity(transformer, noisy, sigmas, batch, distilled_guidance=self.distilled_guidance)
 
     def pipeline(self, *, dtype: torch.dtype, device: torch.device, transformer: nn.Module | None) -> FramePackPipeline:
         options, models = self.flags.framepack, self.flags.models
@@ -198,3 +189,23 @@ class FramePackArchitecture:
 
     def _checkpoints(self) -> FramePackCheckpoints:
         return open_models(self.flags.models)
+
+
+def predict_velocity(
+    transformer: FramePackTransformer, noisy: Tensor, sigmas: Tensor, batch: TrainBatch, *, distilled_guidance: float
+) -> Tensor:
+    """See `training.architecture.Architecture.predict_velocity`.
+
+    Args:
+        distilled_guidance: that the transformer is told.
+    """
+    contents = batch.contents
+    conditioning = Conditioning(
+        context=from_batch(contents),
+        text=contents[TEXT],
+        text_mask=contents[TEXT_MASK].bool(),
+        pooled=contents[POOLED],
+        image=contents[FEATURES],
+        guidance=guidance_input(distilled_guidance, len(noisy)),
+    )
+    return transformer(noisy, sigmas * NUM_TIMESTEPS, conditioning)

@@ -101,6 +101,9 @@ def build_vae(checkpoint: Checkpoint) -> AutoencoderKLHunyuanVideo:
 def _build(checkpoint: Checkpoint) -> AutoencoderKLHunyuanVideo:
     from diffusers import AutoencoderKLHunyuanVideo
 
+    # Shapes do not tell in how many groups channels are normalised.
+    is_own = checkpoint.config.get("_class_name") == "AutoencoderKLHunyuanVideo"
+    num_groups = checkpoint.config.get("norm_num_groups", NORM_GROUPS) if is_own else NORM_GROUPS
     num_blocks = checkpoint.count("encoder.down_blocks.{}.resnets.0.conv1.conv.weight")
     widths = [f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight" for i in range(num_blocks)]
     return AutoencoderKLHunyuanVideo(
@@ -111,7 +114,7 @@ def _build(checkpoint: Checkpoint) -> AutoencoderKLHunyuanVideo:
         up_block_types=("HunyuanVideoUpBlock3D",) * num_blocks,
         block_out_channels=tuple(checkpoint.shape(name, 5)[0] for name in widths),
         layers_per_block=checkpoint.count("encoder.down_blocks.0.resnets.{}.conv1.conv.weight"),
-        norm_num_groups=NORM_GROUPS,
+        norm_num_groups=num_groups,
         scaling_factor=LATENT_SCALE,
     )
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -204,3 +205,20 @@ def test_the_exit_code_is_that_of_the_first_failure_and_both_run(
     monkeypatch.setattr(quickstart, "run", run)
     assert quickstart.run_tests(Path("python"), ["-k", "x"]) == expected
     assert ran == ["ruff", "pytest"]
+
+
+def test_arguments_for_pytest_are_passed_on_and_a_mark_asked_for_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = []
+    monkeypatch.setattr(quickstart, "ensure_environment", lambda *given: Path(sys.executable))
+    monkeypatch.setattr(quickstart, "run", lambda python, arguments, root: ran.append(arguments) or 0)
+    assert quickstart.main(["test", "-m", "long"]) == 0 == quickstart.main(["test"])
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n@pytest.mark.long\ndef test_slow(): pass\ndef test_fast(): pass\n", encoding="utf-8"
+    )
+    given = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "--collect-only", str(tmp_path)]
+    for arguments, collected in ((ran[1], "test_slow"), (ran[3], "test_fast")):
+        command = [sys.executable, *arguments, *given, "-p", "no:cacheprovider"]
+        out = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=True).stdout
+        assert re.findall(r"::(test_\w+)", out) == [collected]

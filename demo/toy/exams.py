@@ -1,0 +1,224 @@
+"""What the toy world's models can do, as numbers over held-out scenes: `python -m demo.toy.exams`.
+
+Every exam asks for pictures through the scripts (`demo/toy/trials.py`) and gives one `Marks` for each thing measured.
+Where an exam has a counter-example (a wrong index, another word, no mask), its marks stand beside the right ones.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from demo.toy.lessons import Example, Lesson, examples, question
+from demo.toy.sight import Seen, astray, error, find, find_in, travelled
+from demo.toy.trials import INDICES, SECTIONS, Call, ask, dress, films, held_out, still
+from demo.toy.world import DIRECTIONS, FRAMES_PER_INDEX, SPEED, Scene
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_SCENES = 20
+EXAM_SEED = 9100
+"""Of the lessons' held-out examples."""
+RIGHT_SLOPE = SPEED * FRAMES_PER_INDEX
+"""Pixels per index."""
+LOST = 64.0
+"""Pixels that a shape counts as astray when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """One measured quantity, scene by scene."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def worst(self) -> float:
+        """The largest."""
+        return max(self.values)
+
+    def share(self, limit: float) -> float:
+        """The part of the scenes whose value is below a limit."""
+        return float(np.mean(np.array(self.values) < limit))
+
+    def __str__(self) -> str:
+        low, middle, high = np.quantile(self.values, [0.1, 0.5, 0.9])
+        return f"{self.name:44} mean {self.mean:7.3f}   10 % {low:7.3f}   median {middle:7.3f}   90 % {high:7.3f}"
+
+
+Results = Mapping[str, Marks]
+
+
+def _marks(**values: Sequence[float]) -> Results:
+    return {name: Marks(name=name, values=tuple(map(float, row))) for name, row in values.items()}
+
+
+def one_frame(folder: Path, call: Call, *, count: int = NUM_SCENES, indices: Sequence[int] = INDICES) -> Results:
+    """Target indices move a shape along its direction. Astray in pixels; slopes in pixels per index."""
+    chosen = held_out(count, free_indices=max(indices))
+    pictures = ask([still(scene, index) for scene in chosen for index in indices], folder, call)
+    rows = [pictures[i : i + len(indices)] for i in range(0, len(pictures), len(indices))]
+    seen = [[find_in(picture, scene) for picture in row] for scene, row in zip(chosen, rows, strict=True)]
+    ways = [[_travelled(one, scene) for one in row] for scene, row in zip(chosen, seen, strict=True)]
+    return _marks(
+        astray=[
+            _astray(o, s, i) for s, row in zip(chosen, seen, strict=True) for o, i in zip(row, indices, strict=True)
+        ],
+        backward_steps=[sum(b <= a for a, b in zip(way, way[1:], strict=False)) for way in ways],
+        slope=[np.polyfit(indices, way, 1)[0] for way in ways],
+        picture_error=[
+            error(picture, scene.picture_at(index))
+            for scene, row in zip(chosen, rows, strict=True)
+            for picture, index in zip(row, indices, strict=True)
+        ],
+    )
+
+
+def wrong_order(folder: Path, call: Call, *, count: int = NUM_SCENES, index: int = 5) -> Results:
+    """The control image stands behind the picture that is asked for, as far as it should stand before it."""
+    chosen = held_out(count, free_indices=index)
+    options = f"target_index=1,control_index={1 + index},no_2x,no_4x"
+    questions = [replace(still(scene, index), options=options) for scene in chosen]
+    pictures = ask(questions, folder, call)
+    return _marks(astray=[_astray(find_in(p, s), s, index) for p, s in zip(pictures, chosen, strict=True)])
+
+
+def without_control(folder: Path, call: Call, *, count: int = NUM_SCENES, index: int = 5) -> Results:
+    """One frame with a blank instead of its control image: the mask hides all of it."""
+    chosen = held_out(count, free_indices=index)
+    nothing = np.zeros(chosen[0].picture().shape[:2], np.uint8)
+    pictures = ask([replace(still(scene, index), masks=(nothing,)) for scene in chosen], folder, call)
+    return _marks(astray=[_astray(find_in(p, s), s, index) for p, s in zip(pictures, chosen, strict=True)])
+
+
+def prompt(folder: Path, call: Call, *, count: int = NUM_SCENES, index: int = 5) -> Results:
+    """Another direction word takes the shape the other way."""
+    opposite = {"right": "left", "left": "right", "up": "down", "down": "up"}
+    candidates = held_out(20 * count, free_indices=index)
+    chosen = [s for s in candidates if s.towards(opposite[s.direction]).free_indices() >= index][:count]
+    turned = [scene.towards(opposite[scene.direction]) for scene in chosen]
+    pictures = ask([still(scene, index) for scene in [*chosen, *turned]], folder, call)
+    told, other = pictures[: len(chosen)], pictures[len(chosen) :]
+    return _marks(
+        astray=[_astray(find_in(p, s), s, index) for p, s in zip(told, chosen, strict=True)],
+        astray_turned=[_astray(find_in(p, s), s, index) for p, s in zip(other, turned, strict=True)],
+        apart=[
+            _travelled(find_in(a, s), s) - _travelled(find_in(b, s), s)
+            for a, b, s in zip(told, other, chosen, strict=True)
+        ],
+    )
+
+
+def kisekaeichi(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
+    """With masks, the shape comes from one picture and the background from the other."""
+    drawn = held_out(8 * count)
+    pairs = [(a, b) for a, b in zip(drawn[::2], drawn[1::2], strict=True) if _can_be_told_apart(a, b)][:count]
+    questions = [dress(a, b) for a, b in pairs] + [dress(a, b, masked=False) for a, b in pairs]
+    pictures = ask(questions, folder, call)
+    truths = [_to_bytes(b.over(a.ground())) for a, b in pairs]
+    masked, unmasked = pictures[: len(pairs)], pictures[len(pairs) :]
+
+    def off(picture: np.ndarray, pair: tuple[Scene, Scene]) -> float:
+        ground, shape = pair
+        seen = find(picture, colour=shape.colour, ground=ground.ground())
+        return (
+            LOST
+            if seen is None
+            else float(np.hypot(*(a - b for a, b in zip(seen.centre, shape.middle(), strict=True))))
+        )
+
+    return _marks(
+        picture_error=[error(p, t) for p, t in zip(masked, truths, strict=True)],
+        picture_error_unmasked=[error(p, t) for p, t in zip(unmasked, truths, strict=True)],
+        astray=[off(p, pair) for p, pair in zip(masked, pairs, strict=True)],
+        ground_error=[
+            float(
+                np.abs(
+                    np.median(p.reshape(-1, 3), axis=0) - np.median(_to_bytes(a.ground()).reshape(-1, 3), axis=0)
+                ).max()
+            )
+            for p, (a, _) in zip(masked, pairs, strict=True)
+        ],
+    )
+
+
+def video(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
+    """Through both sections the shape moves as the caption says, and colours stay."""
+    indices = 2 * 9
+    chosen = held_out(count, free_indices=indices - 2)
+    clips = films(chosen, folder, call)
+    moments = [0, 18, 36, 54, 72]
+    seen = [[find_in(clip[frame], scene) for frame in moments] for scene, clip in zip(chosen, clips, strict=True)]
+    return _marks(
+        frames=[len(clip) for clip in clips],
+        astray=[
+            _astray(o, s, frame / FRAMES_PER_INDEX)
+            for s, row in zip(chosen, seen, strict=True)
+            for o, frame in zip(row, moments, strict=True)
+        ],
+        first_section=[_travelled(row[2], s) - _travelled(row[0], s) for s, row in zip(chosen, seen, strict=True)],
+        second_section=[_travelled(row[4], s) - _travelled(row[2], s) for s, row in zip(chosen, seen, strict=True)],
+        picture_error=[
+            error(clip[frame], s.picture(frame)) for s, clip in zip(chosen, clips, strict=True) for frame in moments
+        ],
+    )
+
+
+def lesson(chosen: Lesson, lora: Path | None, folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
+    """Pictures by a lesson's rule, with a LoRA or without: how far they are from what the rule wants."""
+    asked = examples(chosen, seed=EXAM_SEED, count=count)
+    pictures = ask([question(chosen, example, lora) for example in asked], folder, call)
+    return _marks(picture_error=[_rule_error(p, e) for p, e in zip(pictures, asked, strict=True)])
+
+
+def _rule_error(picture: np.ndarray, example: Example) -> float:
+    """The error where the target differs from the first control image: elsewhere copying is enough."""
+    changed = np.abs(example.target.astype(int) - example.controls[0]).sum(axis=2) > 30
+    return error(picture[changed], example.target[changed])
+
+
+def _can_be_told_apart(ground: Scene, shape: Scene) -> bool:
+    return ground.background not in (shape.colour, shape.background)
+
+
+def _to_bytes(picture: np.ndarray) -> np.ndarray:
+    return np.round(picture * 255).astype(np.uint8)
+
+
+def _astray(seen: Seen | None, scene: Scene, index: float) -> float:
+    return LOST if seen is None else astray(seen, scene, index)
+
+
+def _travelled(seen: Seen | None, scene: Scene) -> float:
+    return 0.0 if seen is None else travelled(seen, scene)
+
+
+def call_script(command: Sequence[str]) -> None:
+    """Runs a script in its own process."""
+    subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def main() -> None:
+    """Prints every exam but those of the lessons, which train LoRAs: see the tests marked `long`."""
+    print(f"{NUM_SCENES} held-out scenes each; {RIGHT_SLOPE:.1f} pixels per index are right")
+    print(f"directions {', '.join(DIRECTIONS)}; {SECTIONS} sections")
+    for exam in (one_frame, wrong_order, without_control, prompt, kisekaeichi, video):
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\n{exam.__name__}")
+            for marks in exam(Path(folder), call_script).values():
+                print(f"  {marks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Trains the small models of the toy world from nothing: `python -m demo.train_toy_world --output FOLDER`.
+
+They are in the repository already, in `demo/toy/models`, with what this printed when they were made. The training can
+be stopped at any time and goes on when it is called again; `--steps` makes pieces of it. Order of events:
+
+    encoders   random, frozen
+    VAE        single pictures first, then also clips
+    pool       scenes as latents and states, in POOL.safetensors
+    DiT        sections of clips, single frames, kisekaeichi
+    card       seeds, steps, losses and versions beside the weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from common.device import pick_device
+from demo.encoders import ModelPaths, save_encoders, stored_as
+from demo.toy import dit, vae
+from demo.toy.pool import CLIPS_SEED, NUM_CLIPS, NUM_STILLS, STILLS_SEED, load_pool
+from demo.toy.world import captions
+
+ENCODER_SEED = 3
+STAGES = ("vae", "dit")
+TITLES = {"vae": "VAE", "dit": "transformer", "polish": "its last part"}
+CARD = """\
+# Models of the toy world
+
+One shape moves on a background: see `demo/toy/world.py`. These models were made by `python -m demo.train_toy_world`;
+they have FramePack's architecture and file layout and know nothing but this world.
+
+| | |
+|---|---|
+{rows}
+
+Losses are means over the last 100 steps. `training.json` has them for every 100 steps.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.train_toy_world")
+    parser.add_argument("--output", type=Path, required=True, help="folder for states and models")
+    parser.add_argument("--steps", type=int, help="stop when the stage at hand has done this many steps in all")
+    parser.add_argument("--stage", choices=STAGES, default=STAGES[-1], help="the last stage (default: %(default)s)")
+    parser.add_argument("--device", help="of the transformer's training (default: a GPU if there is one)")
+    options = parser.parse_args(argv)
+    models = ModelPaths.under(options.output / "models")
+    if not models.image_encoder.is_dir():
+        save_encoders(options.output / "models", dit.SIZES, seed=ENCODER_SEED, corpus=corpus())
+    stop_at = options.steps if options.stage == "vae" else None
+    if not train_vae(models, options.output, stop_at) or options.stage == "vae":
+        return 0
+    if train_dit(models, options.output, options.steps, pick_device(options.device)):
+        write_card(options.output)
+    return 0
+
+
+def corpus() -> list[str]:
+    """What the tokenizers learn from: captions, so often that each of their words becomes a token."""
+    return [*captions(), *captions()]
+
+
+def train_vae(models: ModelPaths, folder: Path, stop_at: int | None) -> bool:
+    """Whether the VAE is there now."""
+    target = models.vae / "vae"
+    if target.is_dir():
+        return True
+    model = vae.train_vae(folder, stop_at=stop_at)
+    if model is not None:
+        stored_as(torch.bfloat16, model).save_pretrained(target)
+    return model is not None
+
+
+def train_dit(models: ModelPaths, folder: Path, stop_at: int | None, device: torch.device) -> bool:
+    """Whether the transformer is there now. A part of a training leaves what it has so far."""
+    untrained = folder / "untrained"
+    if not untrained.is_dir():
+        dit.write_untrained(untrained)
+    pool = load_pool(folder / "pool.safetensors", models)
+    model, done = dit.train_dit(untrained, pool, folder, device=device, stop_at=stop_at)
+    published = dit.empty_dit()
+    published.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    stored_as(torch.bfloat16, published).save_pretrained(models.dit)
+    return done
+
+
+def write_card(folder: Path) -> None:
+    """Writes README.md and training.json into the models' folder."""
+    plans = {plan.name: plan for plan in (vae.PLAN, dit.PLAN, dit.POLISH)}
+    losses = {name: _losses(folder / f"{name}.losses.jsonl") for name in plans}
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "seeds": {
+            "encoders": ENCODER_SEED, "vae": vae.SEED, "dit": dit.SEED, "stills": STILLS_SEED, "clips": CLIPS_SEED,
+        },
+        "scenes": {"stills": NUM_STILLS, "clips": NUM_CLIPS},
+        "trainings": {
+            name: {"steps": plan.steps, "learning_rate": plan.learning_rate, "losses": losses[name]}
+            for name, plan in plans.items()
+        },
+    }  # fmt: skip
+    target = folder / "models"
+    text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    (target / "training.json").write_text(text, encoding="utf-8", newline="\n")
+    rows = [
+        ("made on", f"{facts['date']}, torch {facts['torch']}, {facts['platform']}"),
+        *((TITLES[name], f"{plan.steps} steps, loss {losses[name][-1]['loss']:.4f}") for name, plan in plans.items()),
+        ("seeds", ", ".join(f"{name} {seed}" for name, seed in facts["seeds"].items())),
+        ("trained on", f"{NUM_STILLS} scenes as single frames, {NUM_CLIPS} as clips"),
+        ("encoders", "LLaMA, CLIP, SigLIP: random weights, frozen"),
+    ]
+    card = CARD.format(rows="\n".join(f"| {name} | {value} |" for name, value in rows))
+    (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+def _losses(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
