@@ -91,13 +91,13 @@ def inverted_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frame_pack.context, "apply_mask", inverted)
 
 
-def controls_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def masks_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     original = frame_pack.sampling.one_frame_context
-
-    def reversed_controls(controls, masks, *args, **kwargs):
-        return original(controls[::-1], masks[::-1], *args, **kwargs)
-
-    monkeypatch.setattr(frame_pack.sampling, "one_frame_context", reversed_controls)
+    monkeypatch.setattr(
+        frame_pack.sampling,
+        "one_frame_context",
+        lambda controls, masks, *a, **k: original(controls, masks[::-1], *a, **k),
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def controls_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
         (negated_places, partial(exams.one_frame, indices=(9,))),
         (exchanged_rows_and_columns, partial(exams.one_frame, indices=(9,))),
         (inverted_masks, exams.kisekaeichi),
-        (controls_in_the_wrong_order, exams.kisekaeichi),
+        (masks_in_the_wrong_order, exams.kisekaeichi),
     ],
 )
 def test_a_mistake_in_the_context_fails_an_exam(mistake, exam, call, tmp_path: Path, monkeypatch) -> None:

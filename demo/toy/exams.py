@@ -75,7 +75,7 @@ def one_frame(folder: Path, call: Call, *, count: int = NUM_SCENES, indices: Seq
             _astray(o, s, i) for s, row in zip(chosen, seen, strict=True) for o, i in zip(row, indices, strict=True)
         ],
         backward_steps=[sum(b <= a for a, b in zip(way, way[1:], strict=False)) for way in ways],
-        slope=[np.polyfit(indices, way, 1)[0] for way in ways],
+        slope=[np.dot(indices, way) / np.dot(indices, indices) for way in ways],
         picture_error=[
             error(picture, scene.picture_at(index))
             for scene, row in zip(chosen, rows, strict=True)
