@@ -17,7 +17,7 @@ from pathlib import Path
 from common.sheets import tiled
 from demo.acts import ACTS, LONG, Played, Stage
 from demo.encoders import ModelPaths
-from demo.sheets import heading, save_sheets
+from demo.sheets import heading, in_two_columns, save_sheets
 from demo.toy.trials import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,9 +88,9 @@ def call(command: Sequence[str]) -> None:
 def finish(played: Sequence[Played], models: ModelPaths, output: Path) -> list[Path]:
     """Saves all sheets as one, prints the note, and returns everything that was made."""
     sheets = [sheet for one in played for sheet in one.sheets.values()]
-    whole = tiled([[heading(TITLE, max(sheet.width for sheet in sheets))], *([sheet] for sheet in sheets)])
+    whole = in_two_columns(sheets)
     contact_sheet = output / "contact_sheet.png"
-    whole.save(contact_sheet)
+    tiled([[heading(TITLE, whole.width)], [whole]]).save(contact_sheet)
     num_bytes = sum(path.stat().st_size for path in models.dit.glob("*.safetensors"))
     print(NOTE.format(millions=num_bytes / BYTES_PER_WEIGHT / 1e6))
     return [*(path for one in played for path in one.made), contact_sheet]

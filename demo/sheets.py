@@ -55,6 +55,14 @@ def opened(*paths: Path) -> Image.Image:
     return tiled(sheets)
 
 
+def in_two_columns(sheets: Sequence[Image.Image]) -> Image.Image:
+    """All in one, downwards and then to the right, in columns as equal as their order allows."""
+    heights = [sheet.height for sheet in sheets]
+    split = min(range(1, len(sheets) + 1), key=lambda number: max(sum(heights[:number]), sum(heights[number:])))
+    columns = [tiled([[sheet] for sheet in part]) for part in (sheets[:split], sheets[split:]) if part]
+    return tiled([columns])
+
+
 def heading(title: str, width: int) -> Image.Image:
     """A title alone, as wide as the sheets below it."""
     nothing = Image.new("RGB", (width - 2 * MARGIN, 1), BACKGROUND)

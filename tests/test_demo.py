@@ -25,7 +25,7 @@ from demo.acts import ACTS, LONG, Played, Stage
 from demo.data_set import CLIP_FRAMES, DataSet, caching_commands, quoted, write_data_set
 from demo.encoders import ModelPaths
 from demo.material import Material, clip_path
-from demo.sheets import MARGIN, enlarged, heading, row_sheet, save_sheets, table_sheet, tiled
+from demo.sheets import MARGIN, enlarged, heading, in_two_columns, row_sheet, save_sheets, table_sheet, tiled
 from demo.toy.lessons import BLUE_SQUARE, TOGETHER
 from demo.toy.trials import MODELS
 from demo.toy.world import DIRECTIONS, SIZE
@@ -126,7 +126,8 @@ class Scripts:
         for number in range(len(lines)):
             grey = np.full((SIZE, SIZE, 3), grey_of(number), np.uint8)
             if "video" in arguments:
-                write_video(out / f"{number:03}.mp4", [grey] * 73, fps=30)
+                brighter = [np.full_like(grey, grey_of(number) + 3 * frame) for frame in range(73)]
+                write_video(out / f"{number:03}.mp4", brighter, fps=30)
             else:
                 Image.fromarray(grey).save(out / f"{number:03}.png")
 
@@ -190,7 +191,7 @@ def test_kisekaeichi_shows_each_pair_with_its_masks_without_and_exchanged(play) 
 def test_a_film_is_a_strip_of_its_frames(play) -> None:
     sheet = play("video")[1].sheets["video"]
     greys = [cell(sheet, 1 + number, MARGIN) for number in range(len(acts.FILM_FRAMES))]
-    assert all(abs(grey - grey_of(1)) < 4 for grey in greys)
+    assert greys == pytest.approx([grey_of(1) + 3 * frame for frame in acts.FILM_FRAMES], abs=4)
 
 
 @pytest.mark.parametrize(("name", "lesson"), [("lora", BLUE_SQUARE), ("1f-mc", TOGETHER)])
@@ -236,7 +237,7 @@ def test_the_demo_ends_with_one_sheet_and_the_list_of_files(
     assert demo.run.main(arguments) == 0
     whole = Image.open(output / "contact_sheet.png")
     parts = [Image.open(output / "pictures" / f"{name}.png") for name in ("sweep", "kisekaeichi")]
-    assert whole.height > sum(part.height for part in parts) and whole.width == max(part.width for part in parts)
+    assert whole.width == sum(part.width for part in parts) - MARGIN and whole.height > max(p.height for p in parts)
     listed = [Path(line.strip()) for line in capsys.readouterr().out.split("Made:\n")[1].splitlines()]
     assert output / "contact_sheet.png" in listed and all(path.exists() for path in listed) and not leftover.exists()
 
@@ -347,6 +348,15 @@ def test_tiled_sheets_share_margins_and_keep_their_pixels() -> None:
     assert whole.size == (100, 50)
     assert whole.getpixel((40 - MARGIN, 0)) == (0, 0, 255) and whole.getpixel((50, 30)) == (255, 0, 0)
     assert heading("A title", 1340).width == 1340
+
+
+def test_two_columns_are_as_equal_as_their_order_allows() -> None:
+    heights = {(30, 30, 60): 60, (90, 20, 20): 90, (10, 50, 30): 60, (40,): 40}
+    for sizes, expected in heights.items():
+        sheets = [Image.new("RGB", (50, size), (size, 0, 0)) for size in sizes]
+        whole = in_two_columns(sheets)
+        assert whole.height == expected and whole.width == (100 - MARGIN if len(sizes) > 1 else 50)
+        assert whole.getpixel((0, 0)) == (sizes[0], 0, 0) and (len(sizes) == 1 or whole.getpixel((60, 0))[0] in sizes)
 
 
 def test_small_pictures_are_enlarged_without_smoothing() -> None:

@@ -25,6 +25,10 @@ from demo.toy.trials import MODELS
 pytestmark = pytest.mark.long
 
 SCRIPTS = (fpack_cache_latents, fpack_cache_text_encoder_outputs, fpack_generate_video, fpack_train_network)
+BLUE_LIMIT, TOGETHER_LIMIT = 0.22, 0.14
+"""Mean errors; measured were 0.14 and 0.08 with the LoRAs, 0.38 and 0.21 without."""
+SPREAD = 0.05
+"""Of the mean loss of the first hundred steps; sums in another order, on another machine, make a difference."""
 CARD = MODELS.dit.parent / "training.json"
 
 
@@ -85,5 +89,3 @@ def test_a_short_training_of_the_models_loses_what_the_card_says(stage: str, tmp
     (line,) = (tmp_path / f"{stage}.losses.jsonl").read_text(encoding="utf-8").splitlines()
     found = json.loads(line)
     assert found["step"] == told["step"] and found["loss"] == pytest.approx(told["loss"], rel=SPREAD)
-
-

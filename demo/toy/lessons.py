@@ -68,7 +68,7 @@ class Example:
 
 
 BLUE_SQUARE = Lesson(
-    name="blue_square", caption="becomes a blue square", target_index=1, control_indices=(0,), pairs=64, steps=400
+    name="blue_square", caption="becomes a blue square", target_index=1, control_indices=(0,), pairs=64, steps=600
 )
 TOGETHER = Lesson(
     name="together",
@@ -76,7 +76,7 @@ TOGETHER = Lesson(
     target_index=9,
     control_indices=(0, 1),
     pairs=128,
-    steps=800,
+    steps=1200,
 )
 
 

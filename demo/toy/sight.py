@@ -8,9 +8,9 @@ import numpy as np
 
 from demo.toy.world import COLOURS, DIRECTIONS, FRAMES_PER_INDEX, SIZE, Scene
 
-MIN_PIXELS = 20.0
-"""Of a shape that counts as seen; the smallest one covers about 70."""
-SEEN = 0.5
+MIN_PIXELS = 8.0
+"""Of a shape that counts as seen; the smallest one covers about 70, but may be faint."""
+SEEN = 0.35
 """Coverage from which a pixel belongs to the shape."""
 
 
