@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from demo.data_set import caching_commands, clear_pairs, write_data_set
@@ -25,7 +24,7 @@ from demo.sheets import opened, row_sheet, table_sheet, tiled
 from demo.toy.exams import EXAM_SEED
 from demo.toy.lessons import BLUE_SQUARE, TOGETHER, Example, Lesson, examples, question, teach
 from demo.toy.pool import dressed_picture
-from demo.toy.trials import INDICES, STEPS, Call, Question, ask, dress, films, held_out, still
+from demo.toy.trials import INDICES, STEPS, Call, Question, ask, dress, films, held_out, saved, still
 from demo.toy.world import DIRECTIONS, SIZE, Scene
 
 NUM_DRESSED, NUM_LEARNED = 2, 6
@@ -112,7 +111,7 @@ def scene_in_the_middle(caption: str) -> Scene:
 def sweep(stage: Stage) -> Played:
     """One command, one sheet."""
     scene = scene_of(SWEPT, free_indices=max(INDICES))
-    start = _saved(scene.picture(), stage.folder / "start.png")
+    start = saved(scene.picture(), stage.folder / "start.png")
     stage.call(sweep_command(stage.models, start, scene.caption))
     sheet = _sweep_sheet(stage.folder)
     return Played(sheets={"sweep": opened(sheet)}, made=(sheet,))
@@ -175,7 +174,7 @@ def lora(stage: Stage) -> Played:
     """Before and after, at several strengths, and what the training itself drew."""
     lesson, asked = BLUE_SQUARE, _held_out_examples(BLUE_SQUARE)
     file = teach(lesson, stage.folder, stage.call, models=stage.models, extra=_reports(lesson, asked[SAMPLED], stage))
-    start = _saved(asked[SAMPLED].controls[0], stage.folder / "start.png")
+    start = saved(asked[SAMPLED].controls[0], stage.folder / "start.png")
     stage.call(strengths_command(stage.models, lesson, start, file))
     sheets = {
         "lora": _before_and_after(stage, asked, file, lesson),
@@ -220,7 +219,7 @@ def _before_and_after(stage: Stage, asked: Sequence[Example], file: Path, lesson
 def _reports(lesson: Lesson, example: Example, stage: Stage) -> list[str]:
     """Arguments of a training that makes samples of a scene which it does not train on."""
     controls = [
-        _saved(picture, stage.folder / f"sample_{number}.png") for number, picture in enumerate(example.controls)
+        saved(picture, stage.folder / f"sample_{number}.png") for number, picture in enumerate(example.controls)
     ]
     line = [lesson.caption, f"--i {controls[0]}", *(f"--ci {path}" for path in controls), f"--of {lesson.options}"]
     line += [f"--w {SIZE} --h {SIZE} --s {STEPS} --d 1"]
@@ -242,12 +241,6 @@ def _generation(models: ModelPaths, caption: str, arguments: Sequence[str], fold
 def _sweep_sheet(folder: Path) -> Path:
     """What the only sweep of an act drew."""
     (path,) = (folder / "sheet").glob("*_sweep.png")
-    return path
-
-
-def _saved(picture: np.ndarray, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
     return path
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from common.device import pick_device
+from common.files import atomic_folder
 from demo.encoders import ModelPaths, save_encoders, stored_as
 from demo.toy import dit, vae
 from demo.toy.pool import CLIPS_SEED, NUM_CLIPS, NUM_STILLS, STILLS_SEED, load_pool
@@ -29,7 +30,8 @@ from demo.toy.world import captions
 
 ENCODER_SEED = 3
 STAGES = ("vae", "dit")
-TITLES = {"vae": "VAE", "dit": "transformer", "polish": "its last part"}
+TITLES = {"vae": "VAE", "dit": "transformer", "polish": "then, from their average"}
+CARD_NAME = "README.md"
 CARD = """\
 # Models of the toy world
 
@@ -40,7 +42,9 @@ they have FramePack's architecture and file layout and know nothing but this wor
 |---|---|
 {rows}
 
-Losses are means over the last 100 steps. `training.json` has them for every 100 steps.
+Losses are means over the last 100 steps. `training.json` has them for every 100 steps. From step 2000 on the
+transformer's loss looks at shapes above all, so it is larger than before. There is no model for FramePack-F1.
+`exams.txt` is what `python -m demo.toy.exams` measured on held-out scenes.
 """
 
 
@@ -49,15 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for states and models")
     parser.add_argument("--steps", type=int, help="stop when the stage at hand has done this many steps in all")
     parser.add_argument("--stage", choices=STAGES, default=STAGES[-1], help="the last stage (default: %(default)s)")
-    parser.add_argument("--device", help="of the transformer's training (default: a GPU if there is one)")
+    parser.add_argument("--device", help="of the trainings (default: a GPU if there is one)")
     options = parser.parse_args(argv)
-    models = ModelPaths.under(options.output / "models")
-    if not models.image_encoder.is_dir():
-        save_encoders(options.output / "models", dit.SIZES, seed=ENCODER_SEED, corpus=corpus())
-    stop_at = options.steps if options.stage == "vae" else None
-    if not train_vae(models, options.output, stop_at) or options.stage == "vae":
+    models, device = ModelPaths.under(options.output / "models"), pick_device(options.device)
+    if (options.output / "models" / CARD_NAME).is_file():
+        print(f"{options.output}: all models are there")
         return 0
-    if train_dit(models, options.output, options.steps, pick_device(options.device)):
+    # Written last, so where it is, the encoders are.
+    if not (models.image_encoder / "feature_extractor" / "preprocessor_config.json").is_file():
+        save_encoders(options.output / "models", dit.SIZES, seed=ENCODER_SEED, corpus=corpus())
+    if not train_vae(models, options.output, options.steps, device) or options.stage == "vae":
+        return 0
+    if train_dit(models, options.output, options.steps, device):
         write_card(options.output)
     return 0
 
@@ -67,14 +74,15 @@ def corpus() -> list[str]:
     return [*captions(), *captions()]
 
 
-def train_vae(models: ModelPaths, folder: Path, stop_at: int | None) -> bool:
+def train_vae(models: ModelPaths, folder: Path, stop_at: int | None, device: torch.device) -> bool:
     """Whether the VAE is there now."""
     target = models.vae / "vae"
     if target.is_dir():
         return True
-    model = vae.train_vae(folder, stop_at=stop_at)
+    model = vae.train_vae(folder, device=device, stop_at=stop_at)
     if model is not None:
-        stored_as(torch.bfloat16, model).save_pretrained(target)
+        with atomic_folder(target) as new:
+            stored_as(torch.bfloat16, model).save_pretrained(new)
     return model is not None
 
 
@@ -82,12 +90,14 @@ def train_dit(models: ModelPaths, folder: Path, stop_at: int | None, device: tor
     """Whether the transformer is there now. A part of a training leaves what it has so far."""
     untrained = folder / "untrained"
     if not untrained.is_dir():
-        dit.write_untrained(untrained)
+        with atomic_folder(untrained) as new:
+            dit.write_untrained(new)
     pool = load_pool(folder / "pool.safetensors", models)
     model, done = dit.train_dit(untrained, pool, folder, device=device, stop_at=stop_at)
     published = dit.empty_dit()
     published.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    stored_as(torch.bfloat16, published).save_pretrained(models.dit)
+    with atomic_folder(models.dit) as new:
+        stored_as(torch.bfloat16, published).save_pretrained(new)
     return done
 
 
@@ -119,7 +129,7 @@ def write_card(folder: Path) -> None:
         ("encoders", "LLaMA, CLIP, SigLIP: random weights, frozen"),
     ]
     card = CARD.format(rows="\n".join(f"| {name} | {value} |" for name, value in rows))
-    (target / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    (target / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
 
 
 def _losses(path: Path) -> list[dict]:

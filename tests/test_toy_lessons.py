@@ -25,8 +25,8 @@ from demo.toy.trials import MODELS
 pytestmark = pytest.mark.long
 
 SCRIPTS = (fpack_cache_latents, fpack_cache_text_encoder_outputs, fpack_generate_video, fpack_train_network)
-BLUE_LIMIT, TOGETHER_LIMIT = 0.22, 0.14
-"""Mean errors; measured were 0.14 and 0.08 with the LoRAs, 0.38 and 0.21 without."""
+BLUE_LIMIT, TOGETHER_LIMIT = 0.25, 0.26
+"""Mean errors; measured were 0.14 and 0.17 with the LoRAs, 0.41 and 0.37 without."""
 SPREAD = 0.05
 """Of the mean loss of the first hundred steps; sums in another order, on another machine, make a difference."""
 CARD = MODELS.dit.parent / "training.json"
@@ -40,7 +40,7 @@ def call(command: Sequence[str]) -> None:
 
 def error(lesson: Lesson, lora: Path | None, folder: Path) -> float:
     """The mean over held-out scenes."""
-    return exams.lesson(lesson, lora, folder, call)["picture_error"].mean
+    return exams.lesson(lesson, lora, folder, call)["shape_error"].mean
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_1f_mc_lora_places_the_second_shape_on_the_first_scene(together: Path,
 def test_a_lora_that_was_trained_with_wrong_indices_is_worse(together: Path, tmp_path: Path) -> None:
     exchanged = teach(TOGETHER.with_indices(9, 1, 0), tmp_path / "lesson", call)
     right, wrong = error(TOGETHER, together, tmp_path / "right"), error(TOGETHER, exchanged, tmp_path / "wrong")
-    assert wrong > 1.5 * right
+    assert wrong > 1.3 * right
 
 
 def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path) -> None:
@@ -75,6 +75,8 @@ def test_a_resumed_training_equals_an_undisturbed_one(tmp_path: Path) -> None:
     (state,) = (path for path in tmp_path.glob("*step00000020*") if path.is_dir())
     resumed = tmp_path / "resumed"
     call([*training, "--output_dir", str(resumed), "--resume", str(state)])
+    # Only a training that went on from the state does not come past step 20 again.
+    assert not [path for path in resumed.glob("*step00000020*") if path.is_dir()]
     again = load_file(resumed / f"{lesson.name}.safetensors")
     assert whole.keys() == again.keys() and all(whole[name].equal(again[name]) for name in whole)
 

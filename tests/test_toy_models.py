@@ -17,7 +17,8 @@ import frame_pack.sampling
 from demo.toy import exams
 
 RIGHT_PLACE, WRONG_PLACE = 3.0, 6.0
-"""Medians in pixels; measured were 1.5 to 2.7 for what is right, 10 and more for what is wrong."""
+"""Medians in pixels; measured were 1.5 to 2.7 for what is right, 10 and more for what is wrong: see `exams.txt` beside
+the models, also for the other limits, which are halfway to what is wrong or nothing."""
 FEW = 6
 
 
@@ -32,10 +33,11 @@ def call() -> Callable[[Sequence[str]], None]:
     return run
 
 
-def test_target_indices_move_a_shape_along_its_direction_to_the_right_places(call, tmp_path: Path) -> None:
-    marks = exams.one_frame(tmp_path, call, indices=(1, 5, 9))
+@pytest.mark.parametrize("indices", [(1, 5, 9), pytest.param(range(1, 10), marks=pytest.mark.long)])
+def test_target_indices_move_a_shape_along_its_direction_to_the_right_places(indices, call, tmp_path: Path) -> None:
+    marks = exams.one_frame(tmp_path, call, indices=tuple(indices))
     assert marks["astray"].median < RIGHT_PLACE and marks["astray"].share(2 * RIGHT_PLACE) >= 0.8
-    assert marks["backward_steps"].share(1) >= 0.8
+    assert marks["backward_steps"].mean <= 0.1 * (len(indices) - 1)
     assert abs(marks["slope"].mean - exams.RIGHT_SLOPE) < 0.5
 
 
@@ -66,7 +68,8 @@ def test_a_shape_moves_through_both_sections_of_a_video(count: int, call, tmp_pa
     assert marks["astray"].median < RIGHT_PLACE
     assert marks["first_section"].share(5) <= 0.2 and marks["first_section"].median > 12
     assert marks["second_section"].share(4) <= 0.25 and marks["second_section"].median > 7
-    assert marks["picture_error"].mean < 0.04
+    # A shape of another colour is at least 0.18 off; half of the background's pixels are its colour within 8 of 255.
+    assert marks["off_colour"].share(0.15) >= 0.8 and marks["ground_error"].median < 8
 
 
 def negated_places(monkeypatch: pytest.MonkeyPatch) -> None:

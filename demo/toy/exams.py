@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.toy.lessons import Example, Lesson, examples, question
+from demo.toy.lessons import Lesson, examples, question
 from demo.toy.sight import Seen, astray, error, find, find_in, travelled
 from demo.toy.trials import INDICES, SECTIONS, Call, ask, dress, films, held_out, still
-from demo.toy.world import DIRECTIONS, FRAMES_PER_INDEX, SPEED, Scene
+from demo.toy.world import DIRECTIONS, FRAMES_PER_INDEX, SPEED, Scene, to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SCENES = 20
@@ -125,7 +125,7 @@ def kisekaeichi(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results
     pairs = [(a, b) for a, b in zip(drawn[::2], drawn[1::2], strict=True) if _can_be_told_apart(a, b)][:count]
     questions = [dress(a, b) for a, b in pairs] + [dress(a, b, masked=False) for a, b in pairs]
     pictures = ask(questions, folder, call)
-    truths = [_to_bytes(b.over(a.ground())) for a, b in pairs]
+    truths = [to_uint8(b.over(a.ground())) for a, b in pairs]
     masked, unmasked = pictures[: len(pairs)], pictures[len(pairs) :]
 
     def off(picture: np.ndarray, pair: tuple[Scene, Scene]) -> float:
@@ -141,14 +141,7 @@ def kisekaeichi(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results
         picture_error=[error(p, t) for p, t in zip(masked, truths, strict=True)],
         picture_error_unmasked=[error(p, t) for p, t in zip(unmasked, truths, strict=True)],
         astray=[off(p, pair) for p, pair in zip(masked, pairs, strict=True)],
-        ground_error=[
-            float(
-                np.abs(
-                    np.median(p.reshape(-1, 3), axis=0) - np.median(_to_bytes(a.ground()).reshape(-1, 3), axis=0)
-                ).max()
-            )
-            for p, (a, _) in zip(masked, pairs, strict=True)
-        ],
+        ground_error=[_ground_error(p, a) for p, (a, _) in zip(masked, pairs, strict=True)],
     )
 
 
@@ -165,6 +158,10 @@ def video(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
             for s, row in zip(chosen, seen, strict=True)
             for o, frame in zip(row, MOMENTS, strict=True)
         ],
+        off_colour=[1.0 if one is None else one.off_colour for row in seen for one in row],
+        ground_error=[
+            _ground_error(clip[frame], s) for s, clip in zip(chosen, clips, strict=True) for frame in MOMENTS
+        ],
         first_section=[way[2] - way[0] for way in ways],
         second_section=[way[3] - way[2] for way in ways],
         picture_error=[
@@ -174,24 +171,20 @@ def video(folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
 
 
 def lesson(chosen: Lesson, lora: Path | None, folder: Path, call: Call, *, count: int = NUM_SCENES) -> Results:
-    """Pictures by a lesson's rule, with a LoRA or without: how far they are from what the rule wants."""
+    """Pictures by a lesson's rule, with a LoRA or without: how far they are from it where the rule's shape is to be."""
     asked = examples(chosen, seed=EXAM_SEED, count=count)
     pictures = ask([question(chosen, example, lora) for example in asked], folder, call)
-    return _marks(picture_error=[_rule_error(p, e) for p, e in zip(pictures, asked, strict=True)])
+    return _marks(shape_error=[error(p[e.shape], e.target[e.shape]) for p, e in zip(pictures, asked, strict=True)])
 
 
-def _rule_error(picture: np.ndarray, example: Example) -> float:
-    """The error where the target differs from the first control image: elsewhere copying is enough."""
-    changed = np.abs(example.target.astype(int) - example.controls[0]).sum(axis=2) > 30
-    return error(picture[changed], example.target[changed])
+def _ground_error(picture: np.ndarray, scene: Scene) -> float:
+    """The largest difference, 0 ... 255, of the colours that half of a picture's pixels and of its background have."""
+    middles = [np.median(one.reshape(-1, 3), axis=0) for one in (picture, to_uint8(scene.ground()))]
+    return float(np.abs(middles[0] - middles[1]).max())
 
 
 def _can_be_told_apart(ground: Scene, shape: Scene) -> bool:
     return ground.background not in (shape.colour, shape.background)
-
-
-def _to_bytes(picture: np.ndarray) -> np.ndarray:
-    return np.round(picture * 255).astype(np.uint8)
 
 
 def _astray(seen: Seen | None, scene: Scene, index: float) -> float:
@@ -204,9 +197,9 @@ def _travelled(seen: Seen | None, scene: Scene) -> float:
 
 def call_script(command: Sequence[str]) -> None:
     """Runs a script in its own process."""
-    subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def main() -> None:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from demo.data_set import quoted
 from demo.encoders import ModelPaths
 from demo.toy.pool import dressed_picture
-from demo.toy.trials import MODELS, Call, Question
+from demo.toy.trials import MODELS, Call, Question, saved
 from demo.toy.world import SIZE, Scene, scenes
 
 SEED = 300
@@ -65,6 +64,8 @@ class Example:
 
     controls: tuple[np.ndarray, ...]
     target: np.ndarray
+    shape: np.ndarray
+    """(SIZE, SIZE) bool: where the rule wants a shape."""
 
 
 BLUE_SQUARE = Lesson(
@@ -83,12 +84,13 @@ TOGETHER = Lesson(
 def blue_square(scene: Scene) -> Example:
     """The first lesson's rule."""
     square = replace(scene, shape="square", colour="blue")
-    return Example(controls=(scene.picture(),), target=square.picture())
+    return Example(controls=(scene.picture(),), target=square.picture(), shape=square.coverage() > 0.5)
 
 
 def together(ground: Scene, shape: Scene) -> Example:
     """The second lesson's rule."""
-    return Example(controls=(ground.picture(), shape.picture()), target=dressed_picture(ground, shape))
+    controls = ground.picture(), shape.picture()
+    return Example(controls=controls, target=dressed_picture(ground, shape), shape=shape.coverage() > 0.5)
 
 
 def examples(lesson: Lesson, *, seed: int = SEED, count: int | None = None) -> list[Example]:
@@ -129,8 +131,8 @@ def write_lesson(lesson: Lesson, folder: Path) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, example in enumerate(examples(lesson)):
-        target = _saved(example.target, pictures / f"{number:03}.png")
-        controls = [_saved(c, pictures / f"{number:03}_control_{i}.png") for i, c in enumerate(example.controls)]
+        target = saved(example.target, pictures / f"{number:03}.png")
+        controls = [saved(c, pictures / f"{number:03}_control_{i}.png") for i, c in enumerate(example.controls)]
         paths = {f"control_path_{i}": str(path) for i, path in enumerate(controls)}
         lines.append(json.dumps({"image_path": str(target), "caption": lesson.caption, **paths}, ensure_ascii=False))
     jsonl, config = folder / "pictures.jsonl", folder / "data.toml"
@@ -165,8 +167,3 @@ def commands(
         ["fpack_cache_text_encoder_outputs.py", *data, *text_models, "--num_workers", "0"],
         ["fpack_train_network.py", "--dit", str(models.dit), *data, *training],
     ]
-
-
-def _saved(picture: np.ndarray, path: Path) -> Path:
-    Image.fromarray(picture).save(path)
-    return path

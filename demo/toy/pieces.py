@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +50,13 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], plan: Plan, folder
     average = {name: tensor.detach().clone() for name, tensor in model.named_parameters()} if plan.averaged else {}
     first, losses = 0, []
     if state_path.is_file():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, first, losses = state["average"], state["step"], state["losses"]
+        average = {name: tensor.to(average[name].device) for name, tensor in state["average"].items()}
+        first, losses = state["step"], state["losses"]
     last = plan.steps if stop_at is None else min(stop_at, plan.steps)
     bar = tqdm(range(first, last), initial=first, total=plan.steps, desc=plan.name)
-    start = time.monotonic()
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * rate_at(step / plan.steps)
@@ -73,13 +72,20 @@ def train(model: nn.Module, loss_at: Callable[[int], Tensor], plan: Plan, folder
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
             with atomic_file(state_path) as temporary:
                 torch.save({**state, "step": step + 1, "losses": losses}, temporary)
-            seconds = round(time.monotonic() - start, 1)
-            line = {"step": step + 1, "loss": sum(losses[-SAVE_EVERY:]) / len(losses[-SAVE_EVERY:]), "seconds": seconds}
-            with log_path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            with atomic_file(log_path) as temporary:
+                temporary.write_text(_log(losses), encoding="utf-8", newline="\n")
     if average:
         model.load_state_dict(average, strict=False)
     return last == plan.steps
+
+
+def _log(losses: list[float]) -> str:
+    """JSON lines: the mean loss of every hundred steps."""
+    lines = []
+    for first in range(0, len(losses), SAVE_EVERY):
+        part = losses[first : first + SAVE_EVERY]
+        lines.append(json.dumps({"step": first + len(part), "loss": sum(part) / len(part)}))
+    return "\n".join(lines) + "\n"
 
 
 def rate_at(progress: float) -> float:

@@ -20,10 +20,8 @@ class Seen:
 
     centre: tuple[float, float]
     """x, y in pixels."""
-    pixels: float
-    """Its area."""
-    spread: float
-    """Mean distance of its pixels from its centre: large when there are two shapes, or smears."""
+    off_colour: float
+    """How far its pixels are, 0 ... 1 in the mean, from all mixtures of its colour and the background's."""
 
 
 def find(picture: np.ndarray, *, colour: str, ground: np.ndarray) -> Seen | None:
@@ -43,8 +41,9 @@ def find(picture: np.ndarray, *, colour: str, ground: np.ndarray) -> Seen | None
         return None
     places = np.arange(SIZE) + 0.5
     x, y = float(weights.sum(axis=0) @ places) / total, float(weights.sum(axis=1) @ places) / total
-    distances = np.hypot(places[None] - x, places[:, None] - y)
-    return Seen(centre=(x, y), pixels=total, spread=float((weights * distances).sum() / total))
+    mixtures = ground + coverage[..., None] * way
+    distances = np.abs(picture / 255.0 - mixtures).mean(axis=2)
+    return Seen(centre=(x, y), off_colour=float((weights * distances).sum() / total))
 
 
 def find_in(picture: np.ndarray, scene: Scene) -> Seen | None:

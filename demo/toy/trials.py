@@ -86,7 +86,7 @@ def films(chosen: Iterable[Scene], folder: Path, call: Call, *, models: ModelPat
     inputs.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, scene in enumerate(chosen):
-        start = _saved(scene.picture(), inputs / f"{number}_start.png")
+        start = saved(scene.picture(), inputs / f"{number}_start.png")
         lines.append(f"{scene.caption} --i {start} --d {number}")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -96,15 +96,16 @@ def films(chosen: Iterable[Scene], folder: Path, call: Call, *, models: ModelPat
 
 
 def _line(question: Question, number: int, folder: Path) -> str:
-    controls = [_saved(picture, folder / f"{number}_{i}.png") for i, picture in enumerate(question.controls)]
-    masks = [_saved(mask, folder / f"{number}_{i}_mask.png") for i, mask in enumerate(question.masks)]
+    controls = [saved(picture, folder / f"{number}_{i}.png") for i, picture in enumerate(question.controls)]
+    masks = [saved(mask, folder / f"{number}_{i}_mask.png") for i, mask in enumerate(question.masks)]
     inline = [("i", controls[0]), *(("ci", path) for path in controls), *(("cim", path) for path in masks)]
     seed = number if question.seed is None else question.seed
     inline += [("of", question.options), ("d", seed), *([("lora", question.lora)] if question.lora else [])]
     return " ".join([question.caption, *(f"--{name} {value}" for name, value in inline)])
 
 
-def _saved(picture: np.ndarray, path: Path) -> Path:
+def saved(picture: np.ndarray, path: Path) -> Path:
+    """Writes a picture (SIZE, SIZE, 3) or a mask (SIZE, SIZE), and returns its path."""
     Image.fromarray(picture).save(path)
     return path
 

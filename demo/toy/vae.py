@@ -45,14 +45,15 @@ def small_vae() -> AutoencoderKLHunyuanVideo:
     return vae
 
 
-def train_vae(folder: Path, *, stop_at: int | None = None) -> AutoencoderKLHunyuanVideo | None:
+def train_vae(folder: Path, *, device: torch.device, stop_at: int | None = None) -> AutoencoderKLHunyuanVideo | None:
     """Trains the VAE, in pieces if `stop_at` says so; None while it is not finished."""
     torch.manual_seed(SEED)
-    vae = small_vae()
+    vae = small_vae().to(device)
     with single_frames_in_2d(vae):
         done = train(vae, lambda step: _loss(vae, step), PLAN, folder, stop_at=stop_at)
     if not done:
         return None
+    vae.cpu()
     normalise(vae)
     return vae.eval()
 
@@ -63,9 +64,11 @@ def single_frames_in_2d(vae: AutoencoderKLHunyuanVideo) -> Iterator[None]:
     convolutions = [module for module in vae.modules() if isinstance(module, HunyuanVideoCausalConv3d)]
     for module in convolutions:
         module.forward = _Convolution(module)
-    yield
-    for module in convolutions:
-        del module.forward
+    try:
+        yield
+    finally:
+        for module in convolutions:
+            del module.forward
 
 
 class _Convolution:
@@ -86,9 +89,11 @@ def _loss(vae: AutoencoderKLHunyuanVideo, step: int) -> Tensor:
     random = np.random.default_rng([SEED, step])
     clips = step >= IMAGES_UNTIL and step % 2 == 1
     pixels, weights = _batch(random, NUM_CLIPS, CLIP_FRAMES) if clips else _batch(random, NUM_IMAGES, 1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=step < PLAN.steps * 0.85):
+    pixels, weights = pixels.to(vae.device), weights.to(vae.device)
+    with torch.autocast(vae.device.type, torch.bfloat16, enabled=step < PLAN.steps * 0.85):
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+        noise = noise.to(vae.device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
