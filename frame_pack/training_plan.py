@@ -185,7 +185,7 @@ class TrainingPlan:
             ("network", 4 * total),
             ("gradients", 4 * total),
             ("optimizer", round(self.numbers.state_bytes * total)),
-            ("kept", kept_bytes(config, tokens, work, kept) + self._copies(kept)),
+            ("kept", self._kept(options.fp8, kept)),
             ("work", prepared_bytes(config, tokens, work) + backward_bytes(config, tokens, work, kept)),
         )
         return [Stage(name="training", parts=parts)]
@@ -193,12 +193,12 @@ class TrainingPlan:
     def _work(self, fp8: Fp8Mode) -> Work:
         return Work(itemsize=self.dtype.itemsize, batch=self.batch.size, unpacked=self.transformers.unpacked(fp8))
 
-    def _copies(self, kept: Kept) -> int:
-        """Of trained numbers in half precision, which autograd keeps with a block's activations."""
-        if self.dtype.itemsize == 4:
-            return 0
-        share = 1 - len(kept.checkpointed) / num_blocks(self.transformers.config)
-        return round(share * self.dtype.itemsize * self.numbers.total)
+    def _kept(self, fp8: Fp8Mode, kept: Kept) -> int:
+        """Activations, and trained numbers in half precision, which autograd keeps with them."""
+        config, is_half = self.transformers.config, self.dtype.itemsize < 4
+        share = 1 - len(kept.checkpointed) / num_blocks(config)
+        copies = round(share * self.dtype.itemsize * self.numbers.total) if is_half else 0
+        return kept_bytes(config, self.batch.tokens, self._work(fp8), kept) + copies
 
     # ---- what can be done ----
 
@@ -225,9 +225,8 @@ class TrainingPlan:
         return f"{batch}; {_counted(self.num_steps, 'step')}; transformer in {dtype}"
 
     def _notes(self) -> list[str]:
-        config, work = self.transformers.config, self._work(self.options.fp8)
-        every = Kept(checkpointed=frozenset(range(num_blocks(config))))
-        none, all_of_them = (kept_bytes(config, self.batch.tokens, work, kept) for kept in (Kept(), every))
+        every = Kept(checkpointed=frozenset(range(num_blocks(self.transformers.config))))
+        none, all_of_them = (self._kept(self.options.fp8, kept) for kept in (Kept(), every))
         each = f"kept with no block checkpointed: {shown_bytes(none)}, with all: {shown_bytes(all_of_them)}"
         left_out = "not in it: samples, the driver's share, work space of kernels, gaps between allocations"
         return [each, f"{self.numbers.total / 1e6:.1f} million numbers are trained", left_out]

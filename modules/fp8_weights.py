@@ -151,7 +151,7 @@ class Fp8Plan:
         used_up = {name: info for name, info in self.checkpoint.tensors.items() if self._is_used_up(name)}
         others = {name: info for name, info in self.checkpoint.tensors.items() if name not in used_up}
         # A scale and its weight may be in different shards, so the scales come first.
-        scales = dict(replace(self.checkpoint, tensors=used_up).read())
+        scales = dict(replace(self.checkpoint, tensors=used_up).read()) if used_up else {}
         for name, tensor in replace(self.checkpoint, tensors=others).read():
             fate = self.fates.get(name)
             if fate == "kept" or name.endswith(SCALE):

@@ -15,7 +15,9 @@ from options.errors import UserError
 from options.flag_fields import flag, later
 from options.flags_fpack_train import FramePackTrainFlags
 from options.flags_train import ConfigFlags
+from options.memory_size import MemorySize
 from options.step_count import StepCount
+from options.swap_count import SwapCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,7 @@ def example(option) -> list[str]:
     not_yet = option.metadata.get("not_yet", ())
     choices = [text for text in option.choices if text not in (option.default, *not_yet)]
     texts = {str: ["C:\\モデル\\x", 'b "c"'], int: ["3", "40"], float: ["2.5e-07", "7"]}
+    texts |= {SwapCount: ["12"], MemorySize: ["11.5GiB"]}
     values = choices or texts.get(option.kind, ["12%"])
     num_values = {None: 1, "*": 2}.get(option.num_values, option.num_values)
     return (values * 2)[:num_values]
