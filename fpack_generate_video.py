@@ -26,15 +26,16 @@ def open_pipeline(flags: FramePackGenerateFlags):
     from frame_pack.pipeline import Compute, FramePackPipeline
     from networks.lora_merge import plan_merge
 
-    check_speed(flags.compilation)
+    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))
     choices = lora_choices(flags.lora)
     checkpoints = open_models(flags.models, fp8=flags.compute.fp8_mode)
     merge = plan_merge(choices, checkpoints.transformer)
     tokenizers = (flags.models.tokenizer1, flags.models.tokenizer2)
     compute, keep = Compute.from_flags(flags.compute, flags.compilation), flags.series.interactive
-    compute.check_execution()
-    if flags.series.plan is not None:
-        compute = compute.planned(flags.compute)
+    if flags.series.plan is None:
+        compute.check_execution()
+    else:
+        compute = compute.planned(flags.compute)  # perhaps for another machine's GPU
     return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
 
 

@@ -65,7 +65,7 @@ class Options:
     """A set of options that is measured."""
 
     compute: ComputeFlags
-    speed: CompileFlags
+    compilation: CompileFlags
 
     @classmethod
     def parse(cls, text: str, more: Sequence[str]) -> "Options":

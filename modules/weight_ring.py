@@ -3,12 +3,12 @@
 A *unit* is what comes and goes together, a block's linear layers for example. Frozen weights never change, so that
 copies go one way only: the master stays in RAM, and a slot is simply overwritten when its unit has been used. Copies
 are made ahead of their use, as many as there are slots, on a stream of their own; events alone keep them in order with
-what is computed, and the host waits for nothing.
+what is computed. The host waits for nothing where masters are page-locked, else for its staging buffers.
 
 While a unit is in use its parameters are views of the slot, else of the master: `.data` is set, and not another
 parameter put in its place, so that whoever holds the parameter (a compiled graph, an adapter's layer, a state dict)
 sees the same object with the same type and shape. A graph that has recorded addresses (CUDA graphs, the compile mode
-`reduce-overhead`) does not go together with this.
+`reduce-overhead`) does not go together with this, and is refused.
 """
 
 from __future__ import annotations

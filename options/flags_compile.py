@@ -93,8 +93,19 @@ class TrainCompileFlags(CompileFlags):
             yield from _unread(self, "compile_", "--compile", besides=("compile_cache_size_limit",))
 
 
-def check_compile(flags: CompileFlags) -> None:
-    """Raises UserError for a limit that lets nothing be compiled."""
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Record CUDA graphs, which read weights where they lay."""
+
+
+def check_compile(flags: CompileFlags, *, swaps: bool) -> None:
+    """Raises UserError for a limit that lets nothing be compiled, or a mode that swapped blocks would mislead.
+
+    Args:
+        swaps: whether blocks come and go.
+    """
+    if swaps and flags.choice is not None and flags.choice.mode in GRAPH_MODES:
+        got = f"{flags.choice.mode} with --blocks_to_swap"
+        raise UserError(flags.choice.flag, got, "weights that stay in one place", "use max-autotune-no-cudagraphs")
     limit = flags.compile_cache_size_limit
     if limit is not None and limit < 1:
         raise UserError("--compile_cache_size_limit", limit, "1 or more", "leave it out, or change it")

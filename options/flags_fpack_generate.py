@@ -51,9 +51,9 @@ class FramePackGenerateFlags:
     series: SeriesFlags
 
 
-def check_speed(flags: CompileFlags) -> None:
+def check_speed(flags: CompileFlags, *, swaps: bool) -> None:
     """Raises UserError for what cannot work, and logs what has no effect."""
-    check_compile(flags)
+    check_compile(flags, swaps=swaps)
     for hint in flags.hints():
         logger.warning(hint)
 

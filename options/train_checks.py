@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from options.errors import UserError, UserErrors
@@ -125,7 +126,7 @@ def _attention(flags: TrainFlags) -> Iterator[UserError]:
     if flags.attention.sage_attn:
         remedy = "use --flash_attn or --xformers, or leave it out"
         yield UserError("--sage_attn", "SageAttention", "an attention that has gradients", remedy)
-    yield from complaint(check_compile, flags.compilation)
+    yield from complaint(partial(check_compile, swaps=bool(flags.memory.blocks_to_swap)), flags.compilation)
 
 
 def _samples(flags: TrainFlags) -> Iterator[UserError]:

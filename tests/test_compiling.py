@@ -313,10 +313,20 @@ def test_what_has_no_effect_on_compiling_is_said(argv, expected):
 
 
 def test_generation_says_so_too_and_wants_a_limit_that_lets_something_be_compiled(caplog):
-    check_speed(parse(FramePackGenerateFlags, description="", argv=["--compile_mode", "max-autotune"]).compilation)
+    flags = parse(FramePackGenerateFlags, description="", argv=["--compile_mode", "max-autotune"])
+    check_speed(flags.compilation, swaps=True)
     assert [record.message for record in caplog.records] == ["--compile_mode has no effect without --compile"]
     wrong = parse(
         FramePackGenerateFlags, description="", argv=["--compile", "--compile_cache_size_limit", "0"]
     ).compilation
     with pytest.raises(UserError, match="--compile_cache_size_limit: got 0; expected 1 or more"):
-        check_speed(wrong)
+        check_speed(wrong, swaps=False)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_recorded_graphs_are_refused_where_weights_come_and_go(mode):
+    argv = ["--compile", "--compile_mode", mode, "--blocks_to_swap", "2"]
+    flags = parse(FramePackGenerateFlags, description="", argv=argv).compilation
+    check_speed(flags, swaps=False)
+    with pytest.raises(UserError, match=f"--compile: got {mode} with --blocks_to_swap; .*max-autotune-no-cudagraphs"):
+        check_speed(flags, swaps=True)

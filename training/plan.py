@@ -112,7 +112,8 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     validation = _open_validation(flags, architecture)
     dtype = _transformer_dtype(device)
     execution = Execution.of_training(flags.attention, flags.compilation)
-    execution.check(device=device, dtype=dtype, training=True)
+    if flags.run.plan is None:  # a plan is perhaps for another machine's GPU
+        execution.check(device=device, dtype=dtype, training=True)
 
     saves = _save_plan(flags, dataset, processes)
     ratio = network.loraplus_lr_ratio
