@@ -128,10 +128,12 @@ class Terminal:
 
         self._master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 100))
-        # A controlling terminal, so that Ctrl-C becomes an interrupt as in a real one.
-        take = "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        # A controlling terminal, so that Ctrl-C becomes an interrupt as in a real one; also where the suite runs in
+        # the background, with interrupts ignored.
+        take = "signal.signal(signal.SIGINT, signal.SIG_DFL); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        take += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import fcntl, os, sys, termios; {take}", *argv],
+            [sys.executable, "-c", f"import fcntl, os, signal, sys, termios; {take}", *argv],
             stdin=slave,
             stdout=slave,
             stderr=slave,
