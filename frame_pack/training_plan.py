@@ -211,7 +211,7 @@ class TrainingPlan:
             flag = "--gradient_checkpointing_cpu_offload"
             rungs.append([Change(flag=flag, apply=lambda o: replace(o, in_ram=True))])
         if options.fp8 == "off" and self.transformers.accepts("scaled"):
-            rungs.append([Change(flag="--fp8_base --fp8_scaled", apply=lambda o: replace(o, fp8="scaled"))])
+            rungs.append([Change(flag="--fp8_scaled", apply=lambda o: replace(o, fp8="scaled"))])
         rungs.append(swap_rung(self.swap, self.transformers.config, options.num_blocks))
         return rungs
 

@@ -124,8 +124,9 @@ def find_fit(options: Options, ladder: Sequence[Rung[Options]], stages: Stages[O
             too_large.append(search.stage(name, {number: rung[-1] for number, rung in enumerate(ladder) if rung}))
             continue
         for number, change in own.items():
-            rung = ladder[number]
-            taken[number] = max(change, taken.get(number, change), key=rung.index)
+            taken[number] = max(change, taken.get(number, change), key=ladder[number].index)
+    large = {stage.name for stage in too_large}
+    taken = search.settle([name for name in search.names if name not in large], taken)
     return Fit(changes=tuple(taken[number] for number in sorted(taken)), too_large=tuple(too_large))
 
 
@@ -149,33 +150,39 @@ class _Search(Generic[Options]):
     def stage(self, name: str, changes: Mapping[int, Change[Options]]) -> Stage:
         return self._all(changes)[name]
 
-    def _fits(self, name: str, changes: Mapping[int, Change[Options]]) -> bool:
-        return self.stage(name, changes).num_bytes <= self._limit
+    def _fit(self, names: Sequence[str], changes: Mapping[int, Change[Options]]) -> bool:
+        return all(self.stage(name, changes).num_bytes <= self._limit for name in names)
+
+    def _mildest(
+        self, names: Sequence[str], changes: Mapping[int, Change[Options]], number: int
+    ) -> dict[int, Change[Options]]:
+        """With as little of a rung as lets the stages fit, or all of it."""
+        rung = self._ladder[number]
+        place = bisect_left(range(len(rung)), True, key=lambda i: self._fit(names, {**changes, number: rung[i]}))
+        return {**changes, number: rung[min(place, len(rung) - 1)]}
 
     def climb(self, name: str) -> dict[int, Change[Options]] | None:
-        """What a stage needs; None when all of it is not enough."""
+        """What a stage needs, and perhaps more; None when all of it is not enough."""
         changes: dict[int, Change[Options]] = {}
         for number, rung in enumerate(self._ladder):
-            if self._fits(name, changes):
+            if self._fit([name], changes):
                 break
-            if not rung or self._gain(name, changes, number, rung[-1]) <= 0:
-                continue
-            place = bisect_left(
-                range(len(rung)),
-                True,
-                key=lambda i, number=number, rung=rung: self._fits(name, {**changes, number: rung[i]}),
-            )
-            changes[number] = rung[min(place, len(rung) - 1)]
-        if not self._fits(name, changes):
-            return None
+            if rung and self._gain(name, changes, number) > 0:
+                changes = self._mildest([name], changes, number)
+        return changes if self._fit([name], changes) else None
+
+    def _gain(self, name: str, changes: Mapping[int, Change[Options]], number: int) -> int:
+        """Bytes that all of a rung saves."""
+        most = {**changes, number: self._ladder[number][-1]}
+        return self.stage(name, changes).num_bytes - self.stage(name, most).num_bytes
+
+    def settle(self, names: Sequence[str], changes: dict[int, Change[Options]]) -> dict[int, Change[Options]]:
+        """Without what stages that fit do not need after all, the dearest first."""
         for number in sorted(changes, reverse=True):
             without = {other: change for other, change in changes.items() if other != number}
-            if self._fits(name, without):
-                changes = without
+            milder = without if self._fit(names, without) else self._mildest(names, without, number)
+            changes = milder if self._fit(names, milder) else changes
         return changes
-
-    def _gain(self, name: str, changes: Mapping[int, Change[Options]], number: int, change: Change[Options]) -> int:
-        return self.stage(name, changes).num_bytes - self.stage(name, {**changes, number: change}).num_bytes
 
 
 # ---- words ----

@@ -69,7 +69,7 @@ LADDER = [knob("a", 1), knob("b", 4), knob("c", 1)]
 
 
 def two_stages(o: Knobs) -> list[Stage]:
-    one, other = 100 - 5 * o.a - 10 * o.b - 30 * o.c, 90 - 5 * o.a
+    one, other = 100 - 5 * o.a - 10 * o.b - 30 * o.c, 90 - 5 * o.a - 12 * o.b
     return [Stage(name="one", parts=(("x", one),)), Stage(name="other", parts=(("x", other),))]
 
 
@@ -97,7 +97,7 @@ def test_the_fit_is_there_when_there_is_one_and_nothing_in_it_is_idle(limit: int
 
 
 @pytest.mark.parametrize(
-    ("limit", "flags"), [(100, []), (95, ["a1"]), (86, ["a1", "b1"]), (85, ["a1", "b1"]), (90, ["b1"])]
+    ("limit", "flags"), [(100, []), (95, ["a1"]), (86, ["a1", "b1"]), (85, ["a1", "b1"]), (90, ["b1"]), (70, ["b3"])]
 )
 def test_the_cheapest_come_first(limit: int, flags: list[str]) -> None:
     assert [change.flag for change in find_fit(Knobs(), LADDER, two_stages, limit).changes] == flags
@@ -260,7 +260,7 @@ def test_training_fits_by_what_costs_least(transformers: EmptyTransformers) -> N
     assert told("80GB").startswith("  fits: ")
     some = re.match(r"  fits with --checkpoint_blocks (\d+): ", told("40GB"))
     assert 0 < int(some[1]) < 60
-    assert told("22GB").startswith("  fits with --gradient_checkpointing --fp8_base --fp8_scaled: ")
+    assert re.match(r"  fits with --checkpoint_blocks 5\d --fp8_scaled: at most 21\.", told("22GB"))
     assert re.match(r"  fits with .*--blocks_to_swap \d+: ", told("12GB"))
     assert told("3GB").startswith("  does not fit: training, which takes")
 
