@@ -1,6 +1,6 @@
 """Sets up everything that oneframe-tuner needs and runs it, on Linux, macOS and Windows.
 
-    python quickstart.py demo                 builds small models and makes pictures and a video on the CPU
+    python quickstart.py demo                 makes pictures and videos with small models and trains a LoRA, on the CPU
     python quickstart.py test [pytest args]   checks the code's style and runs the whole test suite
 
 Both work in a `.venv` beside this file, which the first run makes and later runs reuse.

@@ -21,6 +21,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from benchmarks.command import HEAD_DIM, check_sizes, config_of, printed
 from common.device import pick_device, pick_dtype
 from common.weights import Checkpoint
 from frame_pack.config import FramePackConfig
@@ -29,12 +30,11 @@ from frame_pack.loading import load_transformer, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
 from modules.flow_matching import NUM_TIMESTEPS
 from modules.fp8 import Fp8Linear, dequantised
-from options.errors import UserError
 from options.fp8 import Fp8Mode
 from options.geometry import VAE_STRIDE
 from options.one_frame import OneFrameOptions
 
-HEAD_DIM, WINDOW, NUM_TEXT, NUM_PATCHES = 128, 9, 100, 729
+WINDOW, NUM_TEXT, NUM_PATCHES = 9, 100, 729
 DISTILLED_GUIDANCE = 10.0
 OUTLIERS_PER_WEIGHT = 0.001
 SIGMAS = (0.95, 0.6, 0.2)
@@ -58,12 +58,7 @@ def write_transformer(path: Path, options: argparse.Namespace) -> None:
     """A checkpoint of random weights in bfloat16."""
     from safetensors.torch import save_file
 
-    config = FramePackConfig(
-        width=options.width,
-        mlp_width=4 * options.width,
-        num_double_blocks=options.double_blocks,
-        num_single_blocks=options.single_blocks,
-    )
+    config = config_of(options)
     with torch.device("meta"):
         empty = FramePackTransformer(config).state_dict()
     generator = torch.Generator().manual_seed(options.seed)
@@ -185,21 +180,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dit_dtype", choices=("bfloat16", "float16", "float32"), help="what it computes in")
     parser.add_argument("--device", help="torch device (default: the GPU if there is one)")
     options = parser.parse_args(argv)
-    if options.width % HEAD_DIM or options.size % (2 * VAE_STRIDE):
-        parser.error(f"expected a width in steps of {HEAD_DIM} and a size in steps of {2 * VAE_STRIDE}")
-    if min(options.width, options.size, options.double_blocks, options.single_blocks) < 1:
-        parser.error("expected at least one of everything")
+    check_sizes(parser, options, "double_blocks", "single_blocks")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints the table."""
-    try:
-        sys.stdout.write(f"{table(run_all(parse(argv)))}\n")
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    options = parse(argv)
+    return printed(lambda: table(run_all(options)))
 
 
 if __name__ == "__main__":

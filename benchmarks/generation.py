@@ -16,7 +16,6 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from benchmarks.memory import MemoryWatch
+from benchmarks.command import HEAD_DIM, check_sizes, config_of, printed
+from benchmarks.memory import CommandFailed, watched
 from common import flags
 from common.device import peak_logged, pick_device
 from frame_pack.config import FramePackConfig
@@ -42,14 +42,12 @@ from frame_pack.plan import EmptyTransformers
 from frame_pack.swapping import check_swap, choose_swap, most_blocks
 from modules.attention import LIBRARIES
 from modules.flow_matching import NUM_TIMESTEPS, shifted_sigmas
-from options.errors import UserError
 from options.flags_compile import CompileFlags
 from options.flags_generate import ComputeFlags
 from options.geometry import VAE_STRIDE
 from options.one_frame import OneFrameOptions
 
-ROOT = Path(__file__).resolve().parent.parent
-HEAD_DIM, WINDOW, NUM_TEXT = 128, 9, 100
+WINDOW, NUM_TEXT = 9, 100
 NUM_WARM = 2
 """Steps before those that are timed."""
 NUM_PREPARED = 25
@@ -109,16 +107,6 @@ def write_transformer(path: Path, options: argparse.Namespace) -> None:
         for part in parameter.data.view(-1).split(len(numbers)):
             part.copy_(numbers[: len(part)])
     save_file(model.state_dict(), path)
-
-
-def config_of(options: argparse.Namespace) -> FramePackConfig:
-    """Of random weights."""
-    return FramePackConfig(
-        width=options.width,
-        mlp_width=4 * options.width,
-        num_double_blocks=options.double_blocks,
-        num_single_blocks=options.single_blocks,
-    )
 
 
 def context_of(config: FramePackConfig, options: argparse.Namespace) -> PackedContext:
@@ -207,21 +195,13 @@ def _since(start: float, device: torch.device) -> float:
 def measure_alone(argv: Sequence[str]) -> Measurement:
     """The same in a process of its own, whose memory is watched; a refusal where it fails."""
     command = [sys.executable, "-m", "benchmarks.generation", "--as_json", *argv]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
-            watch = MemoryWatch(process.pid)
-            try:
-                while process.poll() is None:
-                    watch.look()
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
-            finally:
-                process.kill()
-        output.seek(0)
-        lines = output.read().splitlines() or ["nothing was said"]
-    if process.returncode:
+    try:
+        said, peak = watched(command, pause=SECONDS_BETWEEN_LOOKS)
+    except CommandFailed as error:
+        lines = error.said.splitlines() or ["nothing was said"]
         return Measurement(options=parse(argv).options[-1], refusal=lines[-1])
-    found = Measurement(**json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
-    return found if found.peak is not None else replace(found, peak=watch.peak.main)
+    found = Measurement(**json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{"))))
+    return found if found.peak is not None else replace(found, peak=peak.main)
 
 
 def default_options(config: FramePackConfig) -> list[str]:
@@ -300,10 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="torch device (default: the GPU if there is one)")
     parser.add_argument("--as_json", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.width % HEAD_DIM or options.size % (2 * VAE_STRIDE):
-        parser.error(f"expected a width in steps of {HEAD_DIM} and a size in steps of {2 * VAE_STRIDE}")
-    if min(options.width, options.size, options.steps) < 1:
-        parser.error("expected at least one of everything")
+    check_sizes(parser, options, "steps")
     return options
 
 
@@ -311,16 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints the table."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    try:
-        if options.as_json:
-            sys.stdout.write(f"{json.dumps(asdict(measure(argv)))}\n")
-        else:
-            found = run_all(options, argv, measure_alone)
-            sys.stdout.write(f"{title(options)}\n{table(found)}\n")
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    if options.as_json:
+        return printed(lambda: json.dumps(asdict(measure(argv))))
+    return printed(lambda: f"{title(options)}\n{table(run_all(options, argv, measure_alone))}")
 
 
 if __name__ == "__main__":

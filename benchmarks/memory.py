@@ -52,6 +52,14 @@ class MemoryWatch:
         return Peak(main=self._main, workers=self._workers) if self._is_known else Peak(main=None, workers=None)
 
 
+class CommandFailed(RuntimeError):
+    """A command that did not end with 0."""
+
+    def __init__(self, command: Sequence[str], code: int, said: str) -> None:
+        super().__init__(f"got exit code {code} from {subprocess.list2cmdline(command)}:\n{said}")
+        self.said = said
+
+
 def watched(command: Sequence[str], *, pause: float) -> tuple[str, Peak]:
     """Runs a command in the repository's folder: what it said, and its memory.
 
@@ -59,7 +67,7 @@ def watched(command: Sequence[str], *, pause: float) -> tuple[str, Peak]:
         pause: seconds between two looks at it.
 
     Raises:
-        RuntimeError: it failed.
+        CommandFailed: with what it said.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
@@ -73,7 +81,7 @@ def watched(command: Sequence[str], *, pause: float) -> tuple[str, Peak]:
         output.seek(0)
         said = output.read()
     if process.returncode:
-        raise RuntimeError(f"got exit code {process.returncode} from {subprocess.list2cmdline(command)}:\n{said}")
+        raise CommandFailed(command, process.returncode, said)
     return said, watch.peak
 
 

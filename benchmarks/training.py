@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.command import HEAD_DIM, check_sizes, config_of, printed
 from benchmarks.memory import watched
 from common import flags
 from common.device import pick_device
@@ -37,7 +38,6 @@ from frame_pack.context import one_frame_context
 from frame_pack.loading import build_transformer, open_transformer
 from frame_pack.model import FramePackTransformer
 from modules.checkpointing import Checkpointing
-from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags
 from options.geometry import VAE_STRIDE
 from options.one_frame import OneFrameOptions
@@ -45,7 +45,7 @@ from training.networks import open_network
 from training.objective import Objective
 from training.step import Stepper
 
-HEAD_DIM, WINDOW = 128, 9
+WINDOW = 9
 NUM_ROWS, NUM_VALID, NUM_PATCHES = 512, 100, 729
 """Rows of a text cache, those that a caption of some length fills, and SigLIP's."""
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -112,12 +112,7 @@ def write_transformer(path: Path, options: argparse.Namespace) -> None:
     """A checkpoint of random weights, in the type that it will compute in."""
     from safetensors.torch import save_file
 
-    config = FramePackConfig(
-        width=options.width,
-        mlp_width=4 * options.width,
-        num_double_blocks=options.double_blocks,
-        num_single_blocks=options.single_blocks,
-    )
+    config = config_of(options)
     with torch.device("meta"):
         model = FramePackTransformer(config).to(DTYPES[options.mixed_precision])
     model.to_empty(device="cpu")
@@ -268,10 +263,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="torch device (default: the GPU if there is one)")
     parser.add_argument("--as_json", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.width % HEAD_DIM or options.size % (2 * VAE_STRIDE):
-        parser.error(f"expected a width in steps of {HEAD_DIM} and a size in steps of {2 * VAE_STRIDE}")
-    if min(options.width, options.size, options.steps, options.batch_size, options.rank) < 1:
-        parser.error("expected at least one of everything")
+    check_sizes(parser, options, "steps", "batch_size", "rank")
     return options
 
 
@@ -279,15 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints the table."""
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
-    try:
-        if options.as_json:
-            sys.stdout.write(f"{json.dumps(asdict(measure(argv)))}\n")
-        else:
-            sys.stdout.write(f"{table(run_all(options, argv, measure_alone))}\n")
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    if options.as_json:
+        return printed(lambda: json.dumps(asdict(measure(argv))))
+    return printed(lambda: table(run_all(options, argv, measure_alone)))
 
 
 if __name__ == "__main__":

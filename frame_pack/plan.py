@@ -33,7 +33,7 @@ from hunyuan_model.memory import VaeWork, decode_bytes, encode_bytes, llama_weig
 from hunyuan_model.text_encoders import prompt_tokens
 from modules.block_swap import SwapOptions, device_bytes
 from modules.fp8 import Fp8Linear
-from modules.plan import Change, Rung, RunPlan, Stage, find_fit, report, verdict_on
+from modules.plan import Change, Rung, RunPlan, Stage, report_for
 from networks.lora_merge import LoraMerge
 from options.errors import UserError
 from options.fp8 import Fp8Mode
@@ -174,12 +174,7 @@ class GenerationPlan:
             stages=self.stages(options),
             notes=self._notes(),
         )
-        if size.num_bytes is None:
-            return report(plan)
-        fit = find_fit(options, self.ladder(), self.stages, size.num_bytes)
-        for change in fit.changes:
-            options = change.apply(options)
-        return report(plan, verdict_on(fit, self.stages(options), str(size)))
+        return report_for(size, plan, options, self.ladder, self.stages)
 
     # ---- operations ----
 

@@ -34,12 +34,10 @@ from modules.plan import (
     Rung,
     RunPlan,
     Stage,
-    find_fit,
     linear_flops,
-    report,
+    report_for,
     shown_bytes,
     training_flops,
-    verdict_on,
 )
 from options.fp8 import Fp8Mode
 from options.geometry import VAE_STRIDE
@@ -144,12 +142,7 @@ class TrainingPlan:
             stages=self.stages(options),
             notes=self._notes(),
         )
-        if size.num_bytes is None:
-            return report(plan)
-        fit = find_fit(options, self.ladder(), self.stages, size.num_bytes)
-        for change in fit.changes:
-            options = change.apply(options)
-        return report(plan, verdict_on(fit, self.stages(options), str(size)))
+        return report_for(size, plan, options, self.ladder, self.stages)
 
     # ---- operations ----
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Generic, TypeVar
 
+from options.memory_size import MemorySize
+
 Options = TypeVar("Options")
 LINE = 118
 """Characters; longer ones are wrapped."""
@@ -200,6 +202,22 @@ class RunPlan:
     """(what, operations)."""
     stages: Sequence[Stage]
     notes: Sequence[str] = ()
+
+
+def report_for(
+    size: MemorySize,
+    plan: RunPlan,
+    options: Options,
+    ladder: Callable[[], Sequence[Rung[Options]]],
+    stages: Stages[Options],
+) -> str:
+    """The report, with what makes the run fit where a size was asked about."""
+    if size.num_bytes is None:
+        return report(plan)
+    fit = find_fit(options, ladder(), stages, size.num_bytes)
+    for change in fit.changes:
+        options = change.apply(options)
+    return report(plan, verdict_on(fit, stages(options), str(size)))
 
 
 def report(plan: RunPlan, verdict: Sequence[str] = ()) -> str:

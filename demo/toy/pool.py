@@ -81,10 +81,10 @@ class Pool:
         return {caption: number for number, caption in enumerate(captions())}
 
 
-def load_pool(path: Path, models: ModelPaths, *, num_stills: int = NUM_STILLS, num_clips: int = NUM_CLIPS) -> Pool:
+def load_pool(path: Path, models: ModelPaths) -> Pool:
     """The pool in `path`, which is made from `models` when it is not there."""
     if not path.is_file():
-        tensors = _encode_pictures(models, num_stills, num_clips) | _encode_texts(models)
+        tensors = _encode_pictures(models) | _encode_texts(models)
         with atomic_file(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     return Pool(**load_file(path))
@@ -95,15 +95,15 @@ def dressed_picture(ground: Scene, shape: Scene) -> np.ndarray:
     return to_uint8(shape.over(ground.ground()))
 
 
-def _encode_pictures(models: ModelPaths, num_stills: int, num_clips: int) -> dict[str, Tensor]:
+def _encode_pictures(models: ModelPaths) -> dict[str, Tensor]:
     vae = load_vae(open_vae(models.vae), **ON_CPU)
     siglip = load_siglip(open_siglip(models.image_encoder), **ON_CPU)
-    still_scenes = list(itertools.islice(scenes(STILLS_SEED), num_stills))
+    still_scenes = list(itertools.islice(scenes(STILLS_SEED), NUM_STILLS))
     stills, dressed, still_features = [], [], []
-    for start in tqdm(range(0, num_stills, BATCH), desc="stills"):
+    for start in tqdm(range(0, NUM_STILLS, BATCH), desc="stills"):
         batch = still_scenes[start : start + BATCH]
         rows = [[scene.picture_at(index) for scene in batch] for index in range(LAST_INDEX + 1)]
-        following = [still_scenes[(start + i + 1) % num_stills] for i in range(len(batch))]
+        following = [still_scenes[(start + i + 1) % NUM_STILLS] for i in range(len(batch))]
         rows.append([dressed_picture(*pair) for pair in zip(batch, following, strict=True)])
         with single_frames_in_2d(vae):
             *moments, composed = [encode_pictures(vae, row).half() for row in rows]
@@ -111,7 +111,7 @@ def _encode_pictures(models: ModelPaths, num_stills: int, num_clips: int) -> dic
         dressed.append(composed)
         still_features.append(encode_images(siglip, rows[0]).half())
     clips, clip_features = [], []
-    for scene in tqdm(list(itertools.islice(scenes(CLIPS_SEED), num_clips)), desc="clips"):
+    for scene in tqdm(list(itertools.islice(scenes(CLIPS_SEED), NUM_CLIPS)), desc="clips"):
         frames = scene.clip(CLIP_INDICES * FRAMES_PER_INDEX + 1)
         clips.append(encode_clips(vae, frames[None]).half())
         clip_features.append(encode_images(siglip, frames[:1]).half())

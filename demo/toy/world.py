@@ -67,10 +67,6 @@ class Scene:
         )
         return x, y
 
-    def centre_at(self, index: float) -> tuple[float, float]:
-        """Where the shape is at an index of the time axis."""
-        return self.centre(index * FRAMES_PER_INDEX)
-
     def middle(self, frame: float = 0) -> tuple[float, float]:
         """Where the shape's centre of mass is: a triangle's lies below the middle of its height."""
         x, y = self.centre(frame)
