@@ -36,7 +36,7 @@ def merge_into_model(flags: MergeLoraFlags, choices: Sequence[LoraChoice]) -> No
     from common.weights import open_checkpoint
     from networks.lora_merge import merge_into_file
 
-    checkpoint = open_checkpoint(flags.dit, flag="--dit")
+    checkpoint = open_checkpoint(flags.dit, flag="--dit", subfolder="transformer")
     device, flag = pick_device(flags.device), "--save_merged_model"
     merge_into_file(checkpoint, choices, flags.save_merged_model, device=device, flag=flag)
 

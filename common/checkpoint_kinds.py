@@ -13,14 +13,16 @@ CLIP_L = "CLIP-L text encoder"
 SIGLIP = "SigLIP image encoder"
 WAN_TRANSFORMER = "Wan transformer"
 WAN_VAE = "Wan VAE"
+WAN22_VAE = "Wan2.2 VAE"
 UMT5 = "UMT5 text encoder"
-WAN_CLIP = "CLIP-vision (Wan)"
+WAN_CLIP = "CLIP image encoder"
 LORA = "LoRA"
+WAN21_ONLY = "not supported: Wan2.1 only"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of file and the tensor names that give it away."""
+    """A kind of file and the tensor names that give it away; one with several layouts has an entry for each."""
 
     name: str
     has: tuple[str, ...]
@@ -29,6 +31,8 @@ class Kind:
     """Names of a close relative, none of which is there."""
     flag: str | None = None
     """Where a file of this kind belongs; None when no script of ours takes it."""
+    remedy: str | None = None
+    """What to tell a user who gives one, instead of where it belongs."""
 
 
 KINDS = (
@@ -48,8 +52,9 @@ KINDS = (
     ),
     Kind(name=WAN_TRANSFORMER, has=("blocks.0.cross_attn.k.weight", "time_projection.1.weight"), flag="--dit"),
     Kind(
-        name="Wan transformer (diffusers layout)",
+        name=WAN_TRANSFORMER,  # diffusers' layout
         has=("blocks.0.attn2.to_k.weight", "condition_embedder.time_proj.weight"),
+        flag="--dit",
     ),
     Kind(
         name=HUNYUAN_VAE,
@@ -62,8 +67,19 @@ KINDS = (
         flag="--vae",
     ),
     Kind(
-        name="Wan VAE (diffusers layout)",
+        name=WAN_VAE,  # diffusers' layout
         has=("encoder.down_blocks.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"),
+        flag="--vae",
+    ),
+    Kind(
+        name=WAN22_VAE,
+        has=("encoder.downsamples.0.downsamples.0.residual.2.weight",),
+        remedy=WAN21_ONLY,
+    ),
+    Kind(
+        name=WAN22_VAE,  # diffusers' layout
+        has=("encoder.down_blocks.0.resnets.0.norm1.gamma", "decoder.conv_in.weight"),
+        remedy=WAN21_ONLY,
     ),
     Kind(name="image VAE", has=("encoder.down.0.block.0.conv1.weight",)),
     Kind(
@@ -86,8 +102,9 @@ KINDS = (
         has=("embeddings.token_embedding.weight", "embeddings.patch_embedding.weight"),
     ),
     Kind(
-        name="CLIP image encoder (transformers layout)",
+        name=WAN_CLIP,  # transformers' layout
         has=("pre_layrnorm.weight", "embeddings.class_embedding"),
+        flag="--clip",
     ),
     Kind(
         name=SIGLIP,
@@ -97,10 +114,15 @@ KINDS = (
     ),
     Kind(name=UMT5, has=("blocks.0.pos_embedding.embedding.weight", "blocks.0.ffn.gate.0.weight"), flag="--t5"),
     Kind(
-        name="T5 text encoder (transformers layout)",
-        has=("block.0.layer.0.SelfAttention.q.weight",),
+        name=UMT5,  # transformers' layout; in an ordinary T5 only the first block has a bias
+        has=(
+            "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "block.1.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+        flag="--t5",
     ),
-    Kind(name=WAN_CLIP, has=("visual.transformer.0.attn.to_qkv.weight",), flag="--clip"),
+    Kind(name="T5 text encoder", has=("block.0.layer.0.SelfAttention.q.weight",)),
+    Kind(name=WAN_CLIP, has=("transformer.0.attn.to_qkv.weight", "cls_embedding"), flag="--clip"),
 )
 LORA_MARKS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1_a", ".lokr_w1", ".lokr_w2")
 CACHE_MARKS = ("latents_", "latent_indices_", "llama_vec_", "llama_attention_mask", "clip_l_pooler_", "varlen_t5_")
@@ -138,9 +160,15 @@ def expect_kind(checkpoint: Checkpoint, kind: str) -> None:
         return
     first = next(iter(checkpoint.tensors), "none")
     what = _with_article(found) if found else f"{len(checkpoint.tensors)} tensors of no model known here, {first} first"
-    belongs = next((entry.flag for entry in KINDS if entry.name == found), None)
-    remedy = "check the path" if belongs in (None, checkpoint.flag) else f"that file belongs to {belongs}"
-    raise UserError(checkpoint.flag, f"{checkpoint.path}, {what}", _with_article(kind), remedy)
+    raise UserError(checkpoint.flag, f"{checkpoint.path}, {what}", _with_article(kind), _remedy(found, checkpoint.flag))
+
+
+def _remedy(found: str | None, flag: str) -> str:
+    """What to do with a file of the kind `found` that was given behind `flag`."""
+    entry = next((entry for entry in KINDS if entry.name == found), None)
+    if entry and entry.remedy:
+        return entry.remedy
+    return f"that file belongs to {entry.flag}" if entry and entry.flag not in (None, flag) else "check the path"
 
 
 def _with_article(kind: str) -> str:

@@ -58,12 +58,19 @@ class TensorInfo:
     dtype: str
     """As safetensors spells it (`BF16`, `F32`), for pickles as torch does (`bfloat16`)."""
     shape: tuple[int, ...]
+    """That it is listed with."""
+    rows: tuple[int, int] | None = None
+    """First and end, where it is only a part of what is stored under `key`."""
 
     @property
     def num_bytes(self) -> int:
         name = TORCH_DTYPES.get(self.dtype, self.dtype)
         bits = 8 if name == "bool" else int(re.sub(r"\D*(\d+).*", r"\1", name))
         return math.prod(self.shape) * bits // 8
+
+    def part_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """This tensor out of what is stored under its key."""
+        return (stored if self.rows is None else stored[slice(*self.rows)]).reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +125,14 @@ class Checkpoint:
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, tensor) file by file, each tensor in its stored type on the CPU."""
         for file in self.files:
-            names = {info.key: name for name, info in self.tensors.items() if info.file == file}
+            names: dict[str, list[str]] = {}
+            for name, info in self.tensors.items():
+                if info.file == file:
+                    names.setdefault(info.key, []).append(name)
             with _reader(file, self.flag, self.memmap) as get_tensor:
-                for key, name in names.items():
-                    yield name, get_tensor(key)
+                for key, parts in names.items():
+                    whole = get_tensor(key)
+                    yield from ((name, self.tensors[name].part_of(whole)) for name in parts)
 
 
 def without_prefix(checkpoint: Checkpoint, anchor: str) -> Checkpoint:

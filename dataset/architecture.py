@@ -26,6 +26,8 @@ class CacheRules(Protocol):
     """The frame rate that videos are brought to."""
     has_sections: bool
     """Whether a crop becomes a file for each section."""
+    uses_control_videos: bool
+    """Whether the model is shown the control video of a video, frame by frame."""
 
     def check(self, dataset: ImageDataset | VideoDataset) -> None:
         """Raises UserErrors when a data set cannot be cached for this model in this mode: another kind, no indices."""

@@ -81,6 +81,12 @@ class ImageDataset(Dataset):
         """Control images per image, where there are any."""
         return len(self.fp_1f_clean_indices or (0,))
 
+    @property
+    def embedded_control(self) -> int | None:
+        """The number of the control image that the image encoder looks at; None is the image itself."""
+        source = self.fp_1f_image_embedding_source
+        return {"target": None, "control": 0}.get(source, source)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDataset(Dataset):

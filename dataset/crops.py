@@ -44,12 +44,12 @@ class CropPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trim:
-    """A crop cut to whole FramePack sections."""
+    """What is used of a crop."""
 
     num_sections: int
-    """0 when the crop is too short for one."""
+    """Whole FramePack sections; 1 for a model that has none; 0 when the crop is too short."""
     length: int
-    """Pixel frames that are used: 4 · sections · window + 1, or 0."""
+    """Pixel frames that are used: 4n + 1, of FramePack 4 · sections · window + 1; or 0."""
     note: str | None
     """What was cut off, or why nothing is left; None when the crop fits exactly."""
 

@@ -45,7 +45,7 @@ class Timing:
     tail: float
     """Seconds that the last of them is shown."""
 
-    def length(self, *, target_fps: float | None = None, source_fps: float | None = None) -> int:
+    def length(self, *, target_fps: float | None = None, source_fps: float | Fraction | None = None) -> int:
         """How many frames `read_frames` gives for the same rates."""
         source = source_fps or self.fps
         if target_fps is None or (source is None and self.begins is None):
@@ -84,13 +84,24 @@ def examine_video(path: str | Path, *, flag: str = FLAG) -> VideoInfo:
     return VideoInfo(size=(width, height), timing=timing, num_announced=num_announced)
 
 
+def control_rate(control: Path, video: Path, source_fps: float | None) -> float | Fraction | None:
+    """The `source_fps` that a control video is read with: that of its video, when it is a folder of frames.
+
+    Raises:
+        UserError: as `examine_video`, of the video.
+    """
+    if source_fps is not None or not control.is_dir() or video.is_dir():
+        return source_fps
+    return examine_video(video, flag=str(video)).timing.fps
+
+
 def read_frames(
     path: str | Path,
     *,
     size: SizeRule,
     limit: int | None = None,
     target_fps: float | None = None,
-    source_fps: float | None = None,
+    source_fps: float | Fraction | None = None,
     flag: str = FLAG,
 ) -> Iterator[np.ndarray]:
     """Yields the frames of a video, or of a folder of images in order of their names, as (H, W, 3) uint8 RGB.
@@ -121,7 +132,9 @@ def read_frames(
             yield fitted
 
 
-def _folder_frames(folder: Path, target_fps: float | None, source_fps: float | None, flag: str) -> Iterator[np.ndarray]:
+def _folder_frames(
+    folder: Path, target_fps: float | None, source_fps: float | Fraction | None, flag: str
+) -> Iterator[np.ndarray]:
     images = _images(folder, flag)
     copies = repeat(1) if target_fps is None or source_fps is None else frame_copies(source_fps, target_fps)
     for image, times in zip(images, copies, strict=False):
@@ -136,7 +149,9 @@ def _images(folder: Path, flag: str) -> list[Path]:
     return images
 
 
-def _video_frames(path: Path, target_fps: float | None, source_fps: float | None, flag: str) -> Iterator[np.ndarray]:
+def _video_frames(
+    path: Path, target_fps: float | None, source_fps: float | Fraction | None, flag: str
+) -> Iterator[np.ndarray]:
     timing = None
     if target_fps is not None and source_fps is None:
         with _opened(path, flag) as container:
@@ -150,7 +165,7 @@ def _video_frames(path: Path, target_fps: float | None, source_fps: float | None
 
 
 def _at_rate(
-    frames: Iterator[VideoFrame], timing: Timing | None, target_fps: float | None, source_fps: float | None
+    frames: Iterator[VideoFrame], timing: Timing | None, target_fps: float | None, source_fps: float | Fraction | None
 ) -> Iterator[VideoFrame]:
     """Drops and repeats decoded frames."""
     source = source_fps or (timing.fps if timing else None)

@@ -45,6 +45,8 @@ class Job:
     source_size: Size
     """(width, height) of the upright image or video itself."""
     units: tuple[Unit, ...]
+    control_video: Path | None = None
+    """A video or a folder of frames that is shown beside a video; None for images, and where nobody would use it."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -79,3 +81,5 @@ class Sample:
     """The fingerprint's part about the files that were read."""
     loss_mask: np.ndarray | None = None
     """(H, W) uint8, white where the loss of an image counts; None in data sets without masks."""
+    control_frames: np.ndarray | None = None
+    """(F, H, W, 3) uint8 RGB: the same stretch of the control video; None without one."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +14,7 @@ from common.media import load_picture
 from dataset.config import ImageDataset
 from dataset.crops import Crop, cut
 from dataset.fingerprints import item_identity
-from dataset.frames import read_frames
+from dataset.frames import control_rate, read_frames
 from dataset.jobs import Job, Sample, Unit
 from dataset.loss_masks import load_loss_mask
 from dataset.planning import Failure
@@ -64,8 +67,10 @@ def read_jobs(jobs: Sequence[Job], fps: int) -> Iterator[Sample | NotLoaded]:
 def _read(job: Job, fps: int) -> Iterator[Sample]:
     identity = item_identity(job.item)
     if not isinstance(job.dataset, ImageDataset):
-        for unit, frames in _clips(job, fps):
-            yield Sample(job=job, unit=unit, frames=frames, controls=(), identity=identity)
+        for unit, frames, control_frames in _clips(job, fps):
+            yield Sample(
+                job=job, unit=unit, frames=frames, controls=(), identity=identity, control_frames=control_frames
+            )
         return
     width, height = job.size
     target, *controls = (
@@ -83,19 +88,30 @@ def _read(job: Job, fps: int) -> Iterator[Sample]:
     )
 
 
-def _clips(job: Job, fps: int) -> Iterator[tuple[Unit, np.ndarray]]:
-    """Each unit with its frames, in the order in which they end."""
+def _clips(job: Job, fps: int) -> Iterator[tuple[Unit, np.ndarray, np.ndarray | None]]:
+    """Each unit with its frames and those of the control video, in the order in which they end."""
     waiting: dict[Crop, list[Unit]] = {}
     for unit in job.units:
         waiting.setdefault(Crop(start=unit.crop.start, length=unit.num_frames), []).append(unit)
-    frames = read_frames(
-        job.item.path,
-        size=job.size,
-        limit=max(crop.end for crop in waiting),
-        target_fps=fps,
-        source_fps=job.dataset.source_fps,
-        flag=str(job.item.path),
-    )
-    for crop, clip in cut(frames, list(waiting)):
+    given, limit = job.dataset.source_fps, max(crop.end for crop in waiting)
+
+    def frames_of(path: Path, rate: float | Fraction | None) -> Iterator[np.ndarray]:
+        return read_frames(path, size=job.size, limit=limit, target_fps=fps, source_fps=rate, flag=str(path))
+
+    clips = cut(frames_of(job.item.path, given), list(waiting))
+    control, controls = job.control_video, repeat((None, None))
+    if control is not None:
+        frames = frames_of(control, control_rate(control, job.item.path, given))
+        controls = cut(_without_end(frames), list(waiting))
+    for (crop, clip), (_, control_clip) in zip(clips, controls, strict=False):
         for unit in waiting[crop]:
-            yield unit, clip
+            yield unit, clip, control_clip
+
+
+def _without_end(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, and then the last one for ever."""
+    frame = None
+    for frame in frames:
+        yield frame
+    if frame is not None:
+        yield from repeat(frame)

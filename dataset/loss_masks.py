@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from common.media import load_mask
 from dataset.items import MediaItem
 from options.errors import UserError
 from options.geometry import VAE_STRIDE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOSS_MASK = "latents_loss_mask"
 """The content of a latent cache: (1, F, h, w) in [0, 1]; 1 where the loss counts in full."""
@@ -26,6 +30,13 @@ def latent_loss_mask(mask: np.ndarray) -> np.ndarray:
     height, width = (side // VAE_STRIDE for side in mask.shape)
     means = mask.reshape(height, VAE_STRIDE, width, VAE_STRIDE).mean(axis=(1, 3), dtype=np.float32)
     return (means / WHITE).astype(np.float16)[None, None]
+
+
+def mask_tensors(mask: np.ndarray | None) -> dict[str, Tensor]:
+    """What a latent cache of one picture holds of its mask (H, W): content -> (1, 1, h, w); nothing without a mask."""
+    import torch
+
+    return {} if mask is None else {LOSS_MASK: torch.from_numpy(latent_loss_mask(mask))}
 
 
 def load_loss_mask(item: MediaItem, size: Size) -> np.ndarray | None:

@@ -7,6 +7,7 @@ has the same hash is not even opened.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.media import image_info
 from dataset.architecture import CacheRules
@@ -16,7 +17,7 @@ from dataset.cache_names import image_latent_path, latent_files, text_path, vide
 from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import crops_of
 from dataset.fingerprints import Fingerprint, source_identity
-from dataset.frames import examine_video
+from dataset.frames import control_rate, examine_video
 from dataset.jobs import Job, Size, TextJob, Unit
 from dataset.loss_masks import check_mask_size
 from dataset.sources import MediaItem, list_items
@@ -140,7 +141,11 @@ class _Planner:
     def _video(self, item: MediaItem) -> Job | None:
         dataset = self.dataset
         rate = f"{self.rules.fps} from {dataset.source_fps or 'the file'}"
-        source_size, length = self._known_video(item, rate) or self._examined(item)
+        control = item.control_paths[0] if self.rules.uses_control_videos and item.control_paths else None
+        known = self._known_video(item, rate)
+        source_size, length = known or self._examined(item)
+        if control and not known:
+            self._look_at_control(item, control, length)
         size = self._bucket(source_size)
         plan = crops_of(dataset, length)
         common = self.settings | {"size": _x(size), "source_size": _x(source_size)}
@@ -162,7 +167,8 @@ class _Planner:
             (self.trimmed if units else self.dropped).append(line)
         if not units:
             return None
-        return Job(item=item, dataset=dataset, size=size, source_size=source_size, units=tuple(units))
+        job = {"item": item, "dataset": dataset, "size": size, "source_size": source_size}
+        return Job(**job, units=tuple(units), control_video=control)
 
     def _examined(self, item: MediaItem) -> tuple[Size, int]:
         """(size, frames at the model's rate)."""
@@ -178,6 +184,14 @@ class _Planner:
             change = f"{info.timing.num_frames} frames become {length}"
             self.notes.append(f"{item.where}: {rate} frames per second brought to {self.rules.fps}, {change}")
         return info.size, length
+
+    def _look_at_control(self, item: MediaItem, control: Path, length: int) -> None:
+        rate = control_rate(control, item.path, self.dataset.source_fps)
+        timing = examine_video(control, flag=str(control)).timing
+        num_frames = timing.length(target_fps=self.rules.fps, source_fps=rate)
+        if num_frames < length:
+            there = f"{num_frames} frames of the control {control.name} for {length}"
+            self.notes.append(f"{item.where}: {there}: its last one is repeated")
 
     def _known_video(self, item: MediaItem, rate: str) -> tuple[Size, int] | None:
         stored = self._known.get(item.stem)

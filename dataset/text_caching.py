@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,12 +33,15 @@ def cache_texts(
     encoders: Fingerprint,
     options: CachingOptions,
     processes: Processes,
+    *,
+    varlen: Collection[str] = (),
 ) -> int:
     """Makes the text caches of all data sets.
 
     Args:
         open_encoder: brings the models in; called once, and only when there is something to encode.
         encoders: what caches say about the models.
+        varlen: contents whose length differs from caption to caption.
 
     Returns:
         The exit code: 1 when something failed, 0 otherwise.
@@ -60,7 +63,7 @@ def cache_texts(
             if left and encode is None:
                 encode = stack.enter_context(open_encoder())
             with outcome.timed():
-                _cache_all(encode, left, arch, encoders, outcome, processes)
+                _cache_all(encode, left, partial(_write, arch, encoders, varlen, outcome), outcome, processes)
     return finish(outcomes, arch, options, processes, what="captions", text=True)
 
 
@@ -85,8 +88,7 @@ def _is_stale(job: TextJob, encoders: Fingerprint, outcome: Outcome, options: Ca
 def _cache_all(
     encode: Encode | None,
     jobs: Sequence[TextJob],
-    arch: str,
-    encoders: Fingerprint,
+    write: Callable[[TextJob, Mapping[str, torch.Tensor]], None],
     outcome: Outcome,
     processes: Processes,
 ) -> None:
@@ -101,16 +103,21 @@ def _cache_all(
             caption = None
             outcome.failed(Failure.of(job.item, error))
             continue
-        _write(job, tensors, arch, encoders, outcome)
+        write(job, tensors)
 
 
 def _write(
-    job: TextJob, tensors: Mapping[str, torch.Tensor], arch: str, encoders: Fingerprint, outcome: Outcome
+    arch: str,
+    encoders: Fingerprint,
+    varlen: Collection[str],
+    outcome: Outcome,
+    job: TextJob,
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     caption, maker = job.item.caption, {MAKER: outcome.plan.dataset.source_name}
     metadata = text_metadata(arch, caption, _expected(caption, encoders) | maker)
     try:
-        write_text_cache(job.path, tensors, metadata=metadata)
+        write_text_cache(job.path, tensors, metadata=metadata, varlen=varlen)
     except OSError as error:
         outcome.failed(Failure.of(job.item, not_written(job.path, error)))
     except Exception as error:  # whatever is odd about one item does not concern the others

@@ -50,7 +50,9 @@ def pending(jobs: Iterable[Job], encoders: Fingerprint) -> Pending:
 def _states(job: Job, encoders: Fingerprint) -> list[str | None]:
     """`staleness` of each unit."""
     try:
-        identity = {MASK_SETTING: ABSENT} | item_identity(job.item)
+        # Neither a mask nor one control more than the item has now.
+        absent = {MASK_SETTING: ABSENT, f"control_{len(job.item.control_paths)}": ABSENT}
+        identity = absent | item_identity(job.item)
     except OSError:  # who loads it will tell
         return [MISSING] * len(job.units)
     states = [_state(unit, {**unit.settings, **encoders, **identity}) for unit in job.units]

@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers with the manners of LLaMA-3's and CLIP's: any UTF-8 text goes in."""
+"""Small byte-level BPE tokenizers with the manners of LLaMA-3's, CLIP's and T5's: any UTF-8 text goes in."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +21,10 @@ CORPUS = (
 LLAMA_HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 LLAMA_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", *LLAMA_HEADERS, "<pad>")
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 LLAMA_VOCABULARY = 768
 CLIP_VOCABULARY = 512
+T5_VOCABULARY = 768
 
 
 def save_llama_tokenizer(folder: Path, corpus: Iterable[str] = CORPUS) -> int:
@@ -75,13 +77,39 @@ def save_clip_tokenizer(folder: Path, corpus: Iterable[str] = CORPUS) -> int:
     return tokenizer.get_vocab_size()
 
 
-def _trained(corpus: Iterable[str], vocabulary: int, specials: tuple[str, ...]) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` tokens from the corpus, with the specials after them."""
+def save_t5_tokenizer(folder: Path, corpus: Iterable[str] = CORPUS) -> int:
+    """Writes a tokenizer that puts `</s>` behind the text; padding is token 0, as in T5."""
+    tokenizer = _trained(corpus, T5_VOCABULARY, first=T5_SPECIALS)
+    padding, end, unknown = T5_SPECIALS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}",
+        pair=f"$A {end} $B {end}",
+        special_tokens=[(end, tokenizer.token_to_id(end))],
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        pad_token=padding,
+        unk_token=unknown,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="right",
+    )
+    wrapped.save_pretrained(str(folder))
+    return tokenizer.get_vocab_size()
+
+
+def _trained(
+    corpus: Iterable[str], vocabulary: int, specials: tuple[str, ...] = (), *, first: tuple[str, ...] = ()
+) -> Tokenizer:
+    """A byte-level BPE of at most `vocabulary` tokens from the corpus, `first` among them, with the specials after."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(first), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return tokenizer

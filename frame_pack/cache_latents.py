@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.files import check_writable_folder
-from common.processes import Processes, joined_processes
-from dataset.caching import CachingOptions, plan_all
-from dataset.config import DatasetConfig, load_dataset_config
+from dataset.caching_run import check_models, run_latents
+from dataset.fingerprints import Fingerprint
 from frame_pack.caching import FramePackCacheRules, FramePackLatentEncoder
-from options.errors import UserError, UserErrors
-from options.flags_cache import CacheFlags, check_cache_flags
+from options.errors import UserError
 from options.flags_fpack_cache import ContextFlags, FramePackCacheLatentsFlags
 from options.flags_generate import check_vae_memory
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import torch
+
+    from dataset.latent_caching import OpenEncoder
 
 
 def run(flags: FramePackCacheLatentsFlags) -> int:
-    """Checks everything that needs no weights, then draws what is asked for, encodes, and reports.
-
-    Returns:
-        The exit code: 1 when something failed.
-    """
+    """See `dataset.caching_run.run_latents`."""
     rules = rules_of(flags.context)
-    _check_flags(flags)
-    config = load_dataset_config(flags.cache.dataset_config)
-    check_datasets(config, rules)
-    with joined_processes() as processes:
-        if flags.preview.debug_mode:
-            return _debug(flags, config, rules, processes)
-        return _encode(flags, config, rules, processes)
+    check_vae_memory(flags.vae_memory)
+    if flags.models.vae_dtype is not None:
+        remedy = "leave it out: the VAE runs in float16 on a GPU, in float32 on a CPU"
+        raise UserError("--vae_dtype", flags.models.vae_dtype, "nothing", remedy)
+    check_models(flags.models, ("vae", "image_encoder"), flags.preview)
+    return run_latents(flags.cache, flags.preview, rules, partial(_open_models, flags, rules))
 
 
 def rules_of(flags: ContextFlags) -> FramePackCacheRules:
@@ -58,80 +50,16 @@ def rules_of(flags: ContextFlags) -> FramePackCacheRules:
     )
 
 
-def _check_flags(flags: FramePackCacheLatentsFlags) -> None:
-    check_cache_flags(flags.cache)
-    check_vae_memory(flags.vae_memory)
-    preview, models = flags.preview, flags.models
-    if models.vae_dtype is not None:
-        remedy = "leave it out: the VAE runs in float16 on a GPU, in float32 on a CPU"
-        raise UserError("--vae_dtype", models.vae_dtype, "nothing", remedy)
-    if preview.debug_mode == "console":
-        raise UserError("--debug_mode", "console", "image or video", "--preview FOLDER writes sheets to look at")
-    if preview.preview is not None:
-        check_writable_folder(preview.preview, flag="--preview")
-    if preview.preview_items < 0:
-        raise UserError("--preview_items", preview.preview_items, "0 or more", "0 shows all")
-    for name in ("vae", "image_encoder"):
-        if getattr(models, name) is None and not preview.debug_mode:
-            raise UserError(f"--{name}", "nothing", "a checkpoint file or folder", f"give --{name}")
-
-
-def check_datasets(config: DatasetConfig, rules: FramePackCacheRules) -> None:
-    """Raises UserErrors with everything in a data set file that does not go with what is cached."""
-    problems = []
-    for dataset in config.datasets:
-        try:
-            rules.check(dataset)
-        except UserError as error:
-            problems.append(error)
-    if problems:
-        raise UserErrors(problems)
-
-
-def _debug(
-    flags: FramePackCacheLatentsFlags, config: DatasetConfig, rules: FramePackCacheRules, processes: Processes
-) -> int:
-    from dataset.planning import plan_latents
-    from dataset.preview import write_debug_files
-
-    _check_debug_folders(config)
-    plan = partial(plan_latents, rules=rules, reuse=False)
-    plans = plan_all(config, plan, strict=flags.cache.strict, processes=processes)
-    plans = [replace(plan, jobs=tuple(processes.share(plan.jobs))) for plan in plans]
-    videos, workers = flags.preview.debug_mode == "video", flags.cache.workers
-    written, failures = write_debug_files(plans, rules, videos=videos, num_workers=workers)
-    if failures and flags.cache.strict:
-        raise UserErrors([failure.message for failure in failures])
-    logger.info("%d files written where their caches would go", len(written))
-    failed = [*failures, *(failure for plan in plans for failure in plan.failures)]
-    # Waits for all, as a launcher ends the others when the first one leaves with an error.
-    return int(any(processes.gather(bool(failed))))
-
-
-def _check_debug_folders(config: DatasetConfig) -> None:
-    """Raises UserError where the pictures would become images of the data set itself."""
-    for dataset in config.datasets:
-        keys = ("image_directory", "video_directory", "control_directory", "mask_directory")
-        sources = [folder for key in keys if (folder := getattr(dataset, key, None))]
-        if any(os.path.realpath(dataset.cache_directory) == os.path.realpath(folder) for folder in sources):
-            where = f"{dataset.where} cache_directory"
-            raise UserError(
-                where, dataset.cache_directory, "another folder than the sources'", "--debug_mode writes there"
-            )
-
-
-def _encode(
-    flags: FramePackCacheLatentsFlags, config: DatasetConfig, rules: FramePackCacheRules, processes: Processes
-) -> int:
+def _open_models(
+    flags: FramePackCacheLatentsFlags, rules: FramePackCacheRules, device: torch.device
+) -> tuple[OpenEncoder, Fingerprint]:
     import torch
 
-    from common.device import pick_device, pick_dtype
+    from common.device import pick_dtype
     from common.weights import check_names_and_shapes, fingerprint
-    from dataset.latent_caching import Preview, cache_latents
     from frame_pack.image_encoder import build_siglip, load_siglip, open_siglip
     from hunyuan_model.vae import build_vae, load_vae, open_vae
 
-    device = pick_device(processes.device_name(flags.cache.device))
     dtype = pick_dtype(None, on_gpu="float16", device=device)
     vae, siglip = open_vae(flags.models.vae), open_siglip(flags.models.image_encoder)
     check_names_and_shapes(build_vae(vae), vae)
@@ -154,19 +82,4 @@ def _encode(
         "encoder_dtype": str(dtype).removeprefix("torch."),
         "vae_tile_size": str(memory.tile_size or "none"),
     }
-    options, preview = caching_options(flags.cache), None
-    if flags.preview.preview is not None:
-        name = Path(flags.cache.dataset_config).stem
-        preview = Preview(folder=flags.preview.preview, name=name, max_items=flags.preview.preview_items)
-    return cache_latents(config, rules, open_encoder, encoders, options, processes, preview=preview)
-
-
-def caching_options(flags: CacheFlags) -> CachingOptions:
-    """The loop's options."""
-    return CachingOptions(
-        batch_size=flags.batch_size,
-        num_workers=flags.workers,
-        skip_existing=flags.skip_existing,
-        keep_cache=flags.keep_cache,
-        strict=flags.strict,
-    )
+    return open_encoder, encoders

@@ -5,29 +5,20 @@ Places come from the contexts that the encoder and generation use too, built aro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from common.pictures import latent_mask
 from dataset.jobs import Sample
-from dataset.loss_masks import latent_loss_mask
+from dataset.preview_cells import Cell, dimmed, span, spread, squeezed, target_cell
 from frame_pack.cached_context import clip_contexts
 from frame_pack.context import HISTORY_FRAMES, PackedContext, one_frame_context
 from frame_pack.image_encoder import IMAGE_SIZE
-from frame_pack.pictures import latent_mask
 from options.geometry import FRAMES_PER_LATENT, VAE_STRIDE
 from options.one_frame import OneFrameOptions
 
-Cell = tuple[str, Image.Image]
-
 MAX_CELLS = 12
 MAX_FRAMES_PER_SECTION = 4
-HIDDEN = np.array([24, 24, 72], dtype=np.float32)
-"""Masked parts fade into this dark blue, so that they show in dark pictures too."""
-HIDDEN_SHARE = 0.75
 ZERO = (128, 128, 128)
 
 
@@ -49,21 +40,13 @@ def one_frame_cells(
     cells = []
     for number, picture in enumerate(sample.controls):
         note = "" if masks[number] is None else ", masked"
-        cells.append((f"control {number} @ {places[number]}{note}", _dimmed(picture.rgb, left[number])))
-    cells.append(_target_cell(sample, _span(context.indices[0])))
+        cells.append((f"control {number} @ {places[number]}{note}", dimmed(picture.rgb, left[number].numpy())))
+    cells.append(target_cell(sample, span(context.indices[0])))
     if zeros := _zero_groups(context, len(masks)):
         cells.append((", ".join(zeros), Image.new("RGB", (width, height), ZERO)))
     embedded = sample.frames[0] if embedding_source is None else sample.controls[embedding_source].rgb
     name = "target" if embedding_source is None else f"control {embedding_source}"
-    return [*cells, (f"SigLIP: {name}, unmasked, {IMAGE_SIZE}x{IMAGE_SIZE}", _squeezed(embedded))]
-
-
-def _target_cell(sample: Sample, place: str) -> Cell:
-    target = sample.frames[0]
-    if sample.job.item.mask_path is None:
-        return f"target @ {place}", Image.fromarray(target)
-    (left,) = latent_loss_mask(sample.loss_mask)[0]
-    return f"target @ {place}, loss masked", _dimmed(target, torch.from_numpy(left).float())
+    return [*cells, (f"SigLIP: {name}, unmasked, {IMAGE_SIZE}x{IMAGE_SIZE}", squeezed(embedded, IMAGE_SIZE))]
 
 
 def section_cells(sample: Sample, *, window: int, f1: bool) -> list[Cell]:
@@ -76,11 +59,11 @@ def section_cells(sample: Sample, *, window: int, f1: bool) -> list[Cell]:
     numbers = torch.arange(1.0, num_latents + 1).view(1, 1, -1, 1, 1)
     contexts = clip_contexts(numbers, window=window, f1=f1)
     per_section = min(max((MAX_CELLS - 1) // len(contexts), 1), MAX_FRAMES_PER_SECTION)
-    start = f"start @ {_span(contexts[0].clean.indices[0, :1])}, seen by SigLIP too"
+    start = f"start @ {span(contexts[0].clean.indices[0, :1])}, seen by SigLIP too"
     cells = [(f"{start}; frames: {len(sample.frames)}, sections: {len(contexts)}", Image.fromarray(sample.frames[0]))]
-    for section in _spread(0, len(contexts) - 1, min(len(contexts), MAX_CELLS - 1)):
+    for section in spread(0, len(contexts) - 1, min(len(contexts), MAX_CELLS - 1)):
         first, last = section * window * FRAMES_PER_LATENT + 1, (section + 1) * window * FRAMES_PER_LATENT
-        for frame in _spread(first, last, per_section):
+        for frame in spread(first, last, per_section):
             label = f"section {section}, frame {frame}"
             if frame == first:
                 label += f": {_section_places(contexts[section], f1)}"
@@ -92,9 +75,9 @@ def _section_places(context: PackedContext, f1: bool) -> str:
     groups = (context.clean.latents[:, :, 1:], context.clean_2x.latents, context.clean_4x.latents)
     known = sum(int(latents.count_nonzero()) for latents in groups)
     return (
-        f"target @ {_span(context.indices[0])}, sees {known} of {HISTORY_FRAMES} {'earlier' if f1 else 'later'}: "
-        f"1x @ {_span(context.clean.indices[0, 1:])}, 2x @ {_span(context.clean_2x.indices[0])}, "
-        f"4x @ {_span(context.clean_4x.indices[0])}"
+        f"target @ {span(context.indices[0])}, sees {known} of {HISTORY_FRAMES} {'earlier' if f1 else 'later'}: "
+        f"1x @ {span(context.clean.indices[0, 1:])}, 2x @ {span(context.clean_2x.indices[0])}, "
+        f"4x @ {span(context.clean_4x.indices[0])}"
     )
 
 
@@ -103,26 +86,4 @@ def _zero_groups(context: PackedContext, num_controls: int) -> list[str]:
     for name, group in (("2x", context.clean_2x), ("4x", context.clean_4x)):
         if group is not None:
             groups[name] = group.indices[0]
-    return [f"{name} @ {_span(indices)} (zero)" for name, indices in groups.items() if len(indices)]
-
-
-def _span(indices: Tensor) -> str:
-    """`10-18`; for a single one `10`."""
-    values = indices.tolist()
-    return str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}"
-
-
-def _spread(first: int, last: int, count: int) -> Iterable[int]:
-    """`count` integers from `first` to `last`; `first` alone for one."""
-    return np.linspace(first, last, count).round().astype(int).tolist()
-
-
-def _dimmed(rgb: np.ndarray, left: Tensor) -> Image.Image:
-    """The picture where `left` (h, w) is 1, and dark where it is 0, in steps of latent pixels."""
-    share = np.kron(left.numpy(), np.ones((VAE_STRIDE, VAE_STRIDE), dtype=np.float32))[..., None]
-    share = 1 - HIDDEN_SHARE * (1 - share)
-    return Image.fromarray((rgb * share + HIDDEN * (1 - share)).round().astype(np.uint8))
-
-
-def _squeezed(rgb: np.ndarray) -> Image.Image:
-    return Image.fromarray(rgb).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return [f"{name} @ {span(indices)} (zero)" for name, indices in groups.items() if len(indices)]

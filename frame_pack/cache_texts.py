@@ -4,38 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from common.processes import Processes, joined_processes
-from dataset.config import DatasetConfig, load_dataset_config
-from frame_pack.cache_latents import caching_options
+from dataset.caching_run import run_texts
+from dataset.fingerprints import Fingerprint
 from frame_pack.caching import FramePackCacheRules
-from options.flags_cache import check_cache_flags
 from options.flags_fpack_cache import FramePackCacheTextsFlags
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from dataset.text_caching import OpenEncoder
 
 NUM_ROWS = 512
 """Of LLaMA's states in a cache, as in the incumbent's; a mask tells the valid ones."""
 
 
 def run(flags: FramePackCacheTextsFlags) -> int:
-    """Checks everything that needs no weights, then encodes and reports.
-
-    Returns:
-        The exit code: 1 when something failed.
-    """
-    check_cache_flags(flags.cache)
-    config = load_dataset_config(flags.cache.dataset_config)
-    with joined_processes() as processes:
-        return _encode(flags, config, processes)
+    """See `dataset.caching_run.run_texts`."""
+    return run_texts(flags.cache, FramePackCacheRules.arch, partial(_open_models, flags))
 
 
-def _encode(flags: FramePackCacheTextsFlags, config: DatasetConfig, processes: Processes) -> int:
-    from common.device import pick_device, pick_dtype
+def _open_models(flags: FramePackCacheTextsFlags, device: torch.device) -> tuple[OpenEncoder, Fingerprint]:
+    from common.device import pick_dtype
+    from common.tokenizers import tokenizer_fingerprint
     from common.weights import check_names_and_shapes, fingerprint
-    from dataset.text_caching import cache_texts
     from hunyuan_model.text_encoders import (
         build_clip,
         build_llama,
@@ -47,11 +42,9 @@ def _encode(flags: FramePackCacheTextsFlags, config: DatasetConfig, processes: P
         load_tokenizer,
         open_clip,
         open_llama,
-        tokenizer_fingerprint,
     )
 
     models = flags.models
-    device = pick_device(processes.device_name(flags.cache.device))
     dtype = pick_dtype(None, on_gpu="float16", device=device)
     llama, clip = open_llama(models.text_encoder1), open_clip(models.text_encoder2)
     check_names_and_shapes(build_llama(llama), llama)
@@ -78,8 +71,7 @@ def _encode(flags: FramePackCacheTextsFlags, config: DatasetConfig, processes: P
         "tokenizer2": tokenizer_fingerprint(places[1]),
         "encoder_dtype": str(dtype).removeprefix("torch.") + (", LLaMA in fp8" if models.fp8_llm else ""),
     }
-    options = caching_options(flags.cache)
-    return cache_texts(config, FramePackCacheRules.arch, open_encoder, encoders, options, processes)
+    return open_encoder, encoders
 
 
 def text_tensors(states: Tensor, pooled: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Trim, trim
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Sample
-from dataset.loss_masks import LOSS_MASK, latent_loss_mask
+from dataset.loss_masks import mask_tensors
+from dataset.problems import check_number_of_controls, missing_controls, too_short, unusable_keys, wrong_kind
 from dataset.sources import MediaItem
 from options.errors import UserError, UserErrors
 from options.geometry import FRAMEPACK_FPS, FRAMES_PER_LATENT
@@ -49,6 +50,7 @@ class FramePackCacheRules:
     arch: ClassVar[str] = "fp"
     fps: ClassVar[int] = FRAMEPACK_FPS
     has_sections: ClassVar[bool] = True
+    uses_control_videos: ClassVar[bool] = False
 
     def check(self, dataset: ImageDataset | VideoDataset) -> None:
         """Raises `UserErrors` with all that keeps a data set from being cached in this mode; logs what is only odd."""
@@ -60,10 +62,8 @@ class FramePackCacheRules:
 
     def check_item(self, item: MediaItem, dataset: ImageDataset | VideoDataset) -> None:
         """Raises UserError for an image without a control for each index: no line of a JSONL file may name any."""
-        count, wanted = len(item.control_paths), dataset.num_controls if isinstance(dataset, ImageDataset) else None
-        if wanted is not None and count != wanted:
-            expected = f"{wanted}, one for each of fp_1f_clean_indices"
-            raise UserError(item.where, f"{count} control images", expected, "add control_path to its line")
+        if isinstance(dataset, ImageDataset):
+            check_number_of_controls(item, dataset)
 
     def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
         """Only what has an effect in this mode, so that nothing else makes a cache stale."""
@@ -72,7 +72,7 @@ class FramePackCacheRules:
         if isinstance(dataset, VideoDataset):
             return common | window
         options = self.one_frame_options(dataset)
-        source = embedding_source(dataset)
+        source = dataset.embedded_control
         # Nothing but post and histories stands behind the window.
         common |= {} if options.no_post and options.no_2x and options.no_4x else window
         return common | {
@@ -111,7 +111,7 @@ class FramePackCacheRules:
         if isinstance(dataset, VideoDataset):
             return section_cells(sample, window=window, f1=self.mode == "f1")
         return one_frame_cells(
-            sample, self.one_frame_options(dataset), window=window, embedding_source=embedding_source(dataset)
+            sample, self.one_frame_options(dataset), window=window, embedding_source=dataset.embedded_control
         )
 
     def window_of(self, dataset: ImageDataset | VideoDataset) -> int:
@@ -130,38 +130,24 @@ class FramePackCacheRules:
 
     def _video_problems(self, dataset: VideoDataset) -> Iterator[UserError]:
         if self.mode == "one_frame":
-            source = "video_jsonl_file" if dataset.video_jsonl_file else "video_directory"
             remedy = "leave out --one_frame, or give a data set file with images only"
-            yield UserError(f"{dataset.where} {source}", "videos", "images with --one_frame", remedy)
+            yield wrong_kind(dataset, "images with --one_frame", remedy)
             return
         window = self.window_of(dataset)
-        full = dataset.frame_extraction == "full"
-        key, lengths = ("max_frames", (dataset.max_frames,)) if full else ("target_frames", dataset.target_frames)
-        if not any(self.trim(length, dataset).num_sections for length in lengths):
-            shortest = FRAMES_PER_LATENT * window + 1
-            expected = f"at least {shortest} frames, which is one section of {window} latent frames and the first frame"
-            remedy = f"write {key} = {shortest if full else [shortest]}, say, or a smaller fp_latent_window_size"
-            yield UserError(f"{dataset.where} {key}", ", ".join(map(str, lengths)), expected, remedy)
+        shortest = FRAMES_PER_LATENT * window + 1
+        expected = f"at least {shortest} frames, which is one section of {window} latent frames and the first frame"
+        yield from too_short(dataset, shortest, expected, remedy=", or a smaller fp_latent_window_size")
 
     def _image_problems(self, dataset: ImageDataset) -> Iterator[UserError]:
-        where = dataset.where
         if self.mode != "one_frame":
-            source = "image_jsonl_file" if dataset.image_jsonl_file else "image_directory"
             remedy = "add --one_frame for images, or give a data set file with videos only"
-            yield UserError(f"{where} {source}", "images", "videos without --one_frame", remedy)
+            yield wrong_kind(dataset, "videos without --one_frame", remedy)
             return
         if dataset.fp_1f_target_index is None:
             remedy = "write fp_1f_target_index = 9, say (1 for kisekaeichi)"
-            yield UserError(f"{where} fp_1f_target_index", "nothing", "the time index of the images", remedy)
-        if dataset.image_directory and not dataset.control_directory:
-            remedy = "add the folder of the control images"
-            yield UserError(f"{where} control_directory", "nothing", "control images with --one_frame", remedy)
-        if dataset.multiple_target:
-            yield UserError(f"{where} multiple_target", "true", "one target image for each item", "remove it")
-        for key in ("no_resize_control", "control_resolution"):
-            if value := getattr(dataset, key):
-                got = "true" if value is True else "{} x {}".format(*value)
-                yield UserError(f"{where} {key}", got, "control images of the size of their image", "remove it")
+            yield UserError(f"{dataset.where} fp_1f_target_index", "nothing", "the time index of the images", remedy)
+        yield from missing_controls(dataset)
+        yield from unusable_keys(dataset)
 
     def _remarks(self, dataset: ImageDataset | VideoDataset) -> Iterator[str]:
         if isinstance(dataset, VideoDataset):
@@ -171,12 +157,6 @@ class FramePackCacheRules:
         if dataset.fp_1f_clean_indices is None:
             yield "fp_1f_clean_indices: not given, so the control image stands at index 0"
         yield from self.one_frame_options(dataset).hints(self.window_of(dataset))
-
-
-def embedding_source(dataset: ImageDataset) -> int | None:
-    """The number of the control image that SigLIP looks at; None is the target."""
-    source = dataset.fp_1f_image_embedding_source
-    return {"target": None, "control": 0}.get(source, source)
 
 
 class FramePackLatentEncoder:
@@ -192,10 +172,11 @@ class FramePackLatentEncoder:
         return self._one_frame(samples) if self._rules.mode == "one_frame" else self._sections(samples)
 
     def _one_frame(self, samples: Sequence[Sample]) -> list[list[Mapping[str, Tensor]]]:
+        from common.pictures import latent_mask
         from frame_pack.cached_context import to_cache
         from frame_pack.context import one_frame_context
         from frame_pack.image_encoder import encode_images
-        from frame_pack.pictures import encode_clips, encode_pictures, latent_mask
+        from frame_pack.pictures import encode_clips, encode_pictures
 
         targets = encode_clips(self._vae, np.stack([sample.frames for sample in samples]))
         roles = zip(*(sample.controls for sample in samples), strict=True)
@@ -211,7 +192,9 @@ class FramePackLatentEncoder:
                 window=self._rules.window_of(dataset),
                 like=target,
             )
-            entries.append([to_cache(target, context, features[i], with_history=False) | _loss_mask(sample)])
+            entries.append(
+                [to_cache(target, context, features[i], with_history=False) | mask_tensors(sample.loss_mask)]
+            )
         return entries
 
     def _sections(self, samples: Sequence[Sample]) -> list[list[Mapping[str, Tensor]]]:
@@ -233,14 +216,8 @@ class FramePackLatentEncoder:
 
 def _embedded(sample: Sample) -> np.ndarray:
     """The picture (H, W, 3) that SigLIP looks at: whole, whatever its mask hides."""
-    source = embedding_source(sample.job.dataset)
+    source = sample.job.dataset.embedded_control
     return sample.frames[0] if source is None else sample.controls[source].rgb
-
-
-def _loss_mask(sample: Sample) -> Mapping[str, Tensor]:
-    import torch
-
-    return {} if sample.loss_mask is None else {LOSS_MASK: torch.from_numpy(latent_loss_mask(sample.loss_mask))}
 
 
 def _yes_or_no(value: bool) -> str:

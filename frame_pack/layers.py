@@ -5,28 +5,16 @@ Shapes: B batch, S steps, C latent channels, L tokens, D width, N heads.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from frame_pack.config import FramePackConfig
-from frame_pack.rope import Rope, apply_rope
 from modules.attention import AttentionLayout, attend
+from modules.layers import NORM_EPS, Shift, modulate, sinusoid
+from modules.rope import Rope, apply_rope
 
 TIME_CHANNELS = 256
-NORM_EPS = 1e-6
-
-
-class Shift(NamedTuple):
-    """How a timestep modulates one sub-layer: x·(1 + scale) + shift going in, times gate coming out. (B, 1, D) each."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
 
 
 class Mlp(nn.Module):
@@ -41,14 +29,6 @@ class Mlp(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-def sinusoid(positions: Tensor) -> Tensor:
-    """(...,) → (..., 256): cosines, then sines, of geometric frequencies down to 1 / 10000. In float32."""
-    half = TIME_CHANNELS // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 class TimeTextEmbedding(nn.Module):
     """Embeds timestep, pooled text and, for the main stream, distilled guidance into one vector."""
 
@@ -61,9 +41,10 @@ class TimeTextEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
         """timesteps (S, B), pooled (B, text_width), guidance (B,) → (S, B, D)."""
-        embedded = self.timestep_embedder(sinusoid(timesteps).to(pooled.dtype)) + self.text_embedder(pooled)
+        waves = sinusoid(timesteps, TIME_CHANNELS).to(pooled.dtype)
+        embedded = self.timestep_embedder(waves) + self.text_embedder(pooled)
         if guidance is not None:
-            embedded = embedded + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
+            embedded = embedded + self.guidance_embedder(sinusoid(guidance, TIME_CHANNELS).to(pooled.dtype))
         return embedded
 
 
@@ -91,17 +72,6 @@ class Modulation(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         """(S, B, D) → (S, B, 1, num·D): all steps in one product, broadcast over tokens later."""
         return self.linear(F.silu(embedding))[:, :, None]
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32, whatever the type of its weights and its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -259,14 +229,6 @@ class CleanEmbedding(nn.Module):
         self.proj = nn.Conv3d(channels, width, kernel_size=(1, 2, 2), stride=(1, 2, 2))
         self.proj_2x = nn.Conv3d(channels, width, kernel_size=(2, 4, 4), stride=(2, 4, 4))
         self.proj_4x = nn.Conv3d(channels, width, kernel_size=(4, 8, 8), stride=(4, 8, 8))
-
-
-def embed_patches(latents: Tensor, conv: nn.Conv3d) -> Tensor:
-    """(B, C, T, H, W) → (B, L, D), the end of each axis repeated up to a multiple of the kernel."""
-    time, height, width = (-size % kernel for size, kernel in zip(latents.shape[2:], conv.kernel_size, strict=True))
-    if time or height or width:
-        latents = F.pad(latents, (0, width, 0, height, 0, time), mode="replicate")
-    return rearrange(conv(latents), "b d t h w -> b (t h w) d")
 
 
 class ImageProjection(nn.Module):

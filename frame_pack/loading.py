@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
-import torch
 
 from common.checkpoint_kinds import FRAMEPACK_TRANSFORMER, expect_kind
-from common.weights import (
-    Checkpoint,
-    check_names_and_shapes,
-    empty_model,
-    fill,
-    open_checkpoint,
-    without_prefix,
-)
+from common.weights import Checkpoint, check_names_and_shapes, open_checkpoint, without_prefix
 from frame_pack.config import FramePackConfig
 from frame_pack.image_encoder import build_siglip, open_siglip
 from frame_pack.model import FramePackTransformer
 from hunyuan_model.text_encoders import build_clip, build_llama, find_tokenizer, open_clip, open_llama
 from hunyuan_model.vae import build_vae, open_vae
-from modules.block_swap import SwapOptions, attach, swapped_names
-from modules.fp8_weights import Fp8Plan, check_mode, common_names, expect_codes, plan_fp8
-from networks.lora_merge import LoraMerge, quantise_into_file
+from modules.fp8_weights import common_names
+from networks.transformer_loading import TransformerLoader
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackModelFlags
 from options.fp8 import Fp8Mode
-from options.lora import LoraChoice
 
 FP8_LAYERS = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!.*norm).+")
 """Those that fp8 is for. Modulations are computed once for all tokens, and an error in them reaches every one."""
@@ -108,67 +93,5 @@ def open_transformer(path: str, *, flag: str = "--dit", memmap: bool = True) -> 
     return common_names(without_prefix(checkpoint, "x_embedder.proj.weight"))
 
 
-def build_transformer(
-    checkpoint: Checkpoint, *, fp8: Fp8Mode = "off", merge: LoraMerge | None = None
-) -> FramePackTransformer:
-    """The transformer without its weights, with the sizes in the header and the layers that it is going to have.
-
-    Raises:
-        UserError: as `check_names_and_shapes`, or the file cannot be used with this `fp8`.
-    """
-    transformer, plan = _planned(checkpoint, fp8, merge)
-    plan.apply_to(transformer)
-    return transformer
-
-
-def _planned(checkpoint: Checkpoint, fp8: Fp8Mode, merge: LoraMerge | None) -> tuple[FramePackTransformer, Fp8Plan]:
-    transformer = empty_model(checkpoint, partial(FramePackTransformer, FramePackConfig.from_checkpoint(checkpoint)))
-    expect_codes(transformer, checkpoint)
-    check_names_and_shapes(transformer, checkpoint)
-    check_mode(checkpoint, fp8, FP8_LAYERS)
-    merged = merge.weights if merge else ()
-    return transformer, plan_fp8(transformer, checkpoint, mode=fp8, layers=FP8_LAYERS, merged=merged)
-
-
-def load_transformer(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    merge: LoraMerge | None = None,
-    fp8: Fp8Mode = "off",
-    swap: SwapOptions | None = None,
-) -> FramePackTransformer:
-    """Builds the transformer and fills it strictly. On the way LoRAs are merged and weights are quantised, one by one.
-
-    Args:
-        dtype: that it computes in; weights in fp8 keep theirs.
-        fp8: what becomes of 16-bit weights; those that are in fp8 in the file stay so in any case.
-        swap: which blocks' weights live in RAM and come to the device in turn.
-
-    Raises:
-        UserError: as `build_transformer`.
-    """
-    transformer, plan = _planned(checkpoint, fp8, merge)
-    plan.apply_to(transformer)
-    in_ram = swapped_names(transformer, swap) if swap else frozenset()
-    with merge.reading(device) if merge else nullcontext(None) as change:
-        tensors = plan.read(dtype=dtype, device=device, change=change)
-        fill(transformer, checkpoint, tensors, lambda name: "cpu" if name in in_ram else device)
-    if swap:
-        attach(transformer, swap, torch.device(device))
-    return transformer
-
-
-def save_fp8_transformer(
-    checkpoint: Checkpoint,
-    choices: Sequence[LoraChoice],
-    output: str | Path,
-    *,
-    mode: Fp8Mode,
-    device: torch.device | str,
-    flag: str,
-) -> None:
-    """Writes the transformer with its LoRAs in fp8, a file that loads as `--dit`; see `quantise_into_file`."""
-    transformer, _ = _planned(checkpoint, "off", None)
-    quantise_into_file(transformer, checkpoint, choices, output, mode=mode, layers=FP8_LAYERS, device=device, flag=flag)
+LOADER = TransformerLoader(config=FramePackConfig.from_checkpoint, model=FramePackTransformer, fp8_layers=FP8_LAYERS)
+build_transformer, load_transformer, save_fp8_transformer = LOADER.build, LOADER.load, LOADER.save_fp8

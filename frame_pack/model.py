@@ -25,20 +25,19 @@ from frame_pack.context import PackedContext
 from frame_pack.layers import (
     CleanEmbedding,
     DoubleBlock,
-    Float32Linear,
     ImageProjection,
     Modulation,
     SingleBlock,
     TextRefiner,
     TimeTextEmbedding,
-    embed_patches,
-    modulate,
 )
-from frame_pack.rope import Rope, RopeScaling, concatenate, group_rope, unrotated
+from frame_pack.rope import RopeScaling, concatenate, group_rope, unrotated
 from modules.attention import AttentionLayout, AttentionOptions
 from modules.block_swap import Swapping
 from modules.checkpointing import Checkpointing
 from modules.flow_matching import NUM_TIMESTEPS
+from modules.layers import Float32Linear, embed_patches, modulate
+from modules.rope import Rope
 
 PATCH = 2  # rows and columns of a target token, in latent pixels
 

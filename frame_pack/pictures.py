@@ -1,4 +1,4 @@
-"""Pixels to latents and masks, the same for generation and for caches.
+"""Pixels to latents, the same for generation and for caches.
 
 Shapes: B batch, F pixel frames, H W pixel size, C latent channels, F' latent frames, h w latent size.
 """
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from common.media import mask_to_latent, to_model_range
+from common.media import to_model_range
+from common.pictures import frames_to_pixels
+from common.pictures import latent_mask as latent_mask
 from hunyuan_model import vae as hunyuan_vae
-from options.geometry import VAE_STRIDE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo
@@ -32,12 +32,4 @@ def encode_clips(vae: AutoencoderKLHunyuanVideo, clips: np.ndarray) -> Tensor:
 
 def encode_pixels(vae: AutoencoderKLHunyuanVideo, pixels: np.ndarray) -> Tensor:
     """`encode_clips` of float32 pixels in [-1, 1], where 0 is the grey that no uint8 has."""
-    return hunyuan_vae.encode(vae, torch.from_numpy(pixels).permute(0, 4, 1, 2, 3)).cpu()
-
-
-def latent_mask(mask: np.ndarray | None) -> Tensor | None:
-    """A mask or alpha channel (H, W) uint8 → (h, w) in [0, 1], 1 keeps; None stays None."""
-    if mask is None:
-        return None
-    height, width = mask.shape
-    return torch.from_numpy(mask_to_latent(mask, width // VAE_STRIDE, height // VAE_STRIDE))
+    return hunyuan_vae.encode(vae, frames_to_pixels(pixels)).cpu()

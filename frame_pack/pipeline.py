@@ -30,13 +30,7 @@ from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, content_hash, readable
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
-from hunyuan_model.text_encoders import (
-    find_tokenizer,
-    load_clip,
-    load_llama,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from hunyuan_model.text_encoders import find_tokenizer, load_clip, load_llama, load_tokenizer
 from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions
 from modules.execution import Execution

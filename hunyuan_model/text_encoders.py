@@ -6,12 +6,9 @@ template's prefix, so that two layers and the last norm are never run and are no
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from common import tokenizers
 from common.checkpoint_kinds import CLIP_L, LLAMA, expect_kind
+from common.tokenizers import TokenizerPlace
 from common.weights import Checkpoint, check_names_and_shapes, empty_model, fill, load_weights, open_checkpoint
 from modules.fp8_weights import common_names, expect_codes, plan_fp8
-from options.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerBase
@@ -52,39 +50,22 @@ CLIP_HEAD_DIM = 64
 CLIP_PUBLISHED = {"hidden_act": "quick_gelu", "eos_token_id": 2, "layer_norm_eps": 1e-5}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerPlace:
-    """Where an encoder's tokenizer is found, and how a message names it."""
-
-    flag: str
-    subfolder: str
-    """In a snapshot."""
-    encoder_subfolder: str
-    """The encoder's own, beside it."""
-    hub: str
-    """The hub id, with the subfolder, for when there is no snapshot."""
-    embedding: str
-    """The encoder's tensor with one row for every token."""
-
-
 TOKENIZERS = {
     "llama": TokenizerPlace(
         flag="--tokenizer1",
-        subfolder="tokenizer",
+        subfolders=("tokenizer",),
         encoder_subfolder="text_encoder",
         hub="hunyuanvideo-community/HunyuanVideo/tokenizer",
         embedding="embed_tokens.weight",
     ),
     "clip": TokenizerPlace(
         flag="--tokenizer2",
-        subfolder="tokenizer_2",
+        subfolders=("tokenizer_2",),
         encoder_subfolder="text_encoder_2",
         hub="hunyuanvideo-community/HunyuanVideo/tokenizer_2",
         embedding="embeddings.token_embedding.weight",
     ),
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 def open_llama(path: str | Path, *, flag: str = "--text_encoder1", memmap: bool = True) -> Checkpoint:
@@ -222,72 +203,15 @@ def _head_dim(config: Mapping, published: int) -> int:
 
 
 def find_tokenizer(kind: Literal["llama", "clip"], *, given: str | None, checkpoint: Checkpoint) -> str:
-    """Where `load_tokenizer` will look: a folder, or a hub id with the subfolder behind it. Loads and imports nothing.
-
-    Args:
-        given: by the user: a tokenizer's folder, a snapshot that holds one, or a hub id (`owner/name/subfolder`).
-        checkpoint: the encoder's, whose snapshot is looked into when nothing was given.
-
-    Raises:
-        UserError: `given` is neither a tokenizer's folder nor a hub id.
-    """
-    place = TOKENIZERS[kind]
-    if given is None:
-        folder = checkpoint.files[0].parent
-        snapshot = folder.parent if folder.name == place.encoder_subfolder else folder
-        own = snapshot / place.subfolder
-        return str(own) if _holds_tokenizer(own) else place.hub
-    folders = (Path(given), Path(given) / place.subfolder)
-    found = next((folder for folder in folders if _holds_tokenizer(folder)), None)
-    if found:
-        return str(found)
-    if os.path.exists(given) or not HUB_ID.fullmatch(given):
-        raise UserError(place.flag, given, "a folder with a tokenizer (tokenizer.json) or a hub id", "check the path")
-    return given
-
-
-def tokenizer_fingerprint(source: str) -> str:
-    """A hash over the files of a tokenizer's folder; of one from the hub, its id."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(source).iterdir()) if os.path.isdir(source) else ():
-        if file.name in TOKENIZER_FILES:
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest() if os.path.isdir(source) else source
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    return any(os.path.isfile(folder / name) for name in TOKENIZER_FILES)
+    """Where `load_tokenizer` will look for an encoder's tokenizer; see `common.tokenizers`."""
+    return tokenizers.find_tokenizer(TOKENIZERS[kind], given=given, checkpoint=checkpoint)
 
 
 def load_tokenizer(
     kind: Literal["llama", "clip"], *, given: str | None, checkpoint: Checkpoint
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of an encoder, from where `find_tokenizer` says.
-
-    Raises:
-        UserError: it cannot be had (no network, say), or it has more tokens than the encoder knows.
-    """
-    from transformers import AutoTokenizer
-
-    place = TOKENIZERS[kind]
-    source = find_tokenizer(kind, given=given, checkpoint=checkpoint)
-    parts = [source] if Path(source).is_dir() else source.split("/")
-    repository, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(repository, subfolder=subfolder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers, its parsers or the network raise, the user's way out is one
-        reason = one_line(str(error)).split(". ")[0][:200]
-        remedy = f"give {place.flag} its folder, or a hub id that can be reached"
-        raise UserError(place.flag, f"{source} ({type(error).__name__}: {reason})", "a tokenizer", remedy) from error
-    num_rows = checkpoint.shape(place.embedding, 2)[0]
-    if len(tokenizer) > num_rows:
-        raise UserError(
-            place.flag,
-            f"{source}, {len(tokenizer)} tokens",
-            f"at most the {num_rows} of {checkpoint.path}",
-            "give the tokenizer that belongs to this encoder",
-        )
-    return tokenizer
+    """The tokenizer of an encoder; see `common.tokenizers`."""
+    return tokenizers.load_tokenizer(TOKENIZERS[kind], given=given, checkpoint=checkpoint)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from modules.weight_ring import Copies, PlainCopies, Ring, StreamCopies, Unit
 
 P, R = ParamSpec("P"), TypeVar("R")
-Invariant = Literal["none", "of swapped blocks", "all"]
+Invariant = Literal["none", "of swapped blocks", "with their blocks", "all"]
 SCALE = "scale_weight"
 """What an fp8 layer calls the scales of its weight."""
 
@@ -35,7 +35,8 @@ class SwapOptions:
     counts: tuple[int, ...]
     """How many blocks are swapped of each of the model's lists of blocks."""
     invariant: Invariant = "none"
-    """Which of the layers that only `prepare` calls."""
+    """Which of the layers that only `prepare` calls. `with their blocks`: as `of swapped blocks`, for training where
+    the blocks call them instead."""
     pinned: bool = False
     """RAM from which a GPU fetches by itself; else weights pass through two buffers of such RAM."""
     ring_size: int = 2
@@ -78,6 +79,10 @@ class Berth:
                 return block(*arguments, **rest)
 
         return call
+
+    def brings(self, layer: nn.Module) -> bool:
+        """Whether the layer's weights come and go with the block."""
+        return self._ring.units[self._rank].holds(layer)
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For a checkpoint: around the block's forward, and around its recomputation.
@@ -136,6 +141,11 @@ class Swapping:
         """That of the model's block of this number; None for one that stays."""
         return self._berths.get(number)
 
+    def brings(self, number: int, layer: nn.Module) -> bool:
+        """Whether the block of this number is swapped, and has the layer's weights only while it is called."""
+        berth = self.berth(number)
+        return berth is not None and berth.brings(layer)
+
     @property
     def num_blocks(self) -> int:
         return len(self._berths)
@@ -190,7 +200,7 @@ def swapped_layers(
     transformer: Swappable, options: SwapOptions
 ) -> tuple[list[tuple[int, list[nn.Linear]]], list[nn.Module]]:
     """(number of the block, its linear layers that come and go) for each swapped block; and what of `prepare` does."""
-    prepare_layers = list(transformer.prepare_layers)
+    prepare_layers = [] if options.invariant == "with their blocks" else list(transformer.prepare_layers)
     elsewhere = {linear for layer in prepare_layers for linear in _linears(layer)}
     swapped, first = [], 0
     for blocks, count in zip(transformer.block_lists, options.counts, strict=True):

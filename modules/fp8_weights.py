@@ -138,12 +138,18 @@ class Fp8Plan:
         return found
 
     def read(
-        self, *, dtype: torch.dtype | None, device: torch.device | str, change: Change | None = None
+        self,
+        *,
+        dtype: torch.dtype | None,
+        float32: re.Pattern[str] | None = None,
+        device: torch.device | str,
+        change: Change | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, tensor) with each tensor in its final type, wherever it happened to be computed.
 
         Args:
             dtype: for what is not codes or scales; None keeps the file's.
+            float32: names of what becomes float32 instead.
             device: where weights are quantised.
             change: what is done to a whole weight before: LoRAs are merged here.
         """
@@ -165,7 +171,8 @@ class Fp8Plan:
             if fate in ("plain", "scaled"):
                 yield from self._codes(name, tensor.to(device), fate)
             else:
-                yield name, tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
+                target = torch.float32 if float32 and float32.fullmatch(name) else dtype or tensor.dtype
+                yield name, tensor.to(target) if tensor.is_floating_point() else tensor
 
     def _warn(self) -> None:
         names = [name for name, fate in self.fates.items() if fate == "scaled"]

@@ -75,6 +75,9 @@ class Unit:
             weight.within(self.master).copy_(weight.tensor)
         self.to_master()
 
+    def holds(self, layer: nn.Module) -> bool:
+        return any(weight.layer is layer for weight in self._weights)
+
     def to(self, storage: Tensor) -> None:
         """Lets the layers use these bytes."""
         for weight in self._weights:

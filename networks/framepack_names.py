@@ -75,5 +75,9 @@ HUNYUAN = {
 """Without `final_layer.adaLN_modulation.1`: its shift and scale stand the other way round than in `norm_out.linear`."""
 
 FRAMEPACK_NAMES = NameTable(
-    architecture="FramePack", takes=("FramePack", "HunyuanVideo"), modules=MODULES, aliases=HUNYUAN
+    architecture="FramePack",
+    takes=("FramePack", "HunyuanVideo"),
+    modules=MODULES,
+    aliases=HUNYUAN,
+    aliases_of="HunyuanVideo's",
 )

@@ -50,7 +50,7 @@ def _with_alpha(factors: Factors) -> Factors:
 
 
 def to_other(lora: LoraFile, prefix: str = COMFYUI_PREFIX) -> tuple[Tensors, dict[str, str]]:
-    """The same in dotted names behind `prefix`; behind `transformer` as diffusers loads them.
+    """The same in dotted names behind `prefix`; behind `transformer` as diffusers' model has them.
 
     Raises:
         UserError: as `_check_whole`.
@@ -58,7 +58,8 @@ def to_other(lora: LoraFile, prefix: str = COMFYUI_PREFIX) -> tuple[Tensors, dic
     _check_whole(lora)
     modules = {lora.dotted[name]: factors for name, factors in lora.modules.items()}
     metadata = _plain_metadata(lora)
-    if prefix == DIFFUSERS_PREFIX:
+    is_for_diffusers = prefix == DIFFUSERS_PREFIX
+    if is_for_diffusers:
         if lora.kind in ("lora", "lokr"):
             modules, added = _without_alphas(modules, lora)
             metadata |= added
@@ -70,7 +71,8 @@ def to_other(lora: LoraFile, prefix: str = COMFYUI_PREFIX) -> tuple[Tensors, dic
         named = {PEFT_NAMES.get(part, part): tensor for part, tensor in factors.tensors.items()}
         if factors.alpha is not None:
             named[ALPHA] = factors.alpha
-        tensors |= {f"{start}{name}.{part}": tensor for part, tensor in named.items()}
+        module = lora.table.to_diffusers(name) if is_for_diffusers else name
+        tensors |= {f"{start}{module}.{part}": tensor for part, tensor in named.items()}
     return tensors, metadata
 
 
@@ -79,8 +81,9 @@ def _without_alphas(modules: Mapping[str, Factors], lora: LoraFile) -> tuple[dic
     folded = {name: fold(factors) for name, factors in modules.items()}
     metadata = scale_folding.metadata_of({name: module.record for name, module in folded.items()})
     if lora.kind == "lora":
-        ranks = {name: module.factors.rank for name, module in folded.items()}
-        rests = {name: module.rest for name, module in folded.items()}
+        theirs = {lora.table.to_diffusers(name): module for name, module in folded.items()}
+        ranks = {name: module.factors.rank for name, module in theirs.items()}
+        rests = {name: module.rest for name, module in theirs.items()}
         metadata |= write_config(ranks, rests)
         if set(rests.values()) != {1.0}:
             logger.warning(

@@ -33,11 +33,12 @@ from networks.lora_metadata import read_metadata
 from networks.module_names import NameTable, flat_name, native_name
 from networks.peft_config import PEFT_FILE, Config, adapter_file, alpha_of, read_config
 from networks.scale_folding import unfold
+from networks.wan_names import WAN_NAMES
 from options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TABLES = (FRAMEPACK_NAMES,)
+TABLES = (FRAMEPACK_NAMES, WAN_NAMES)
 Sources = dict[str, str]
 """Part of a module -> the key in the file that it came from."""
 
@@ -116,7 +117,7 @@ def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> Lora
     lora = LoraFile(
         flag=flag,
         path=path,
-        format=_format(known, meaning),
+        format=_format(known, meaning, table),
         table=table,
         modules={native_name(name): factors for name, factors in modules.items()},
         dotted={native_name(name): name for name in modules},
@@ -294,11 +295,13 @@ def _split(factors: Factors, names: tuple[str, ...], sources: Sources, where: st
     return [factors.slice_rows(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
-def _format(by_module: Mapping[str, Mapping[str, Key]], meaning: Mapping[str, tuple[str, ...]]) -> str:
+def _format(
+    by_module: Mapping[str, Mapping[str, Key]], meaning: Mapping[str, tuple[str, ...]], table: NameTable
+) -> str:
     """`native (lora_down)`, `diffusers (lora_A)`, `ComfyUI (lokr), HunyuanVideo's names`, `PEFT and native (…)`."""
     marks = ("lora_A", "lora_down", "lora.down", "lora_linear_layer", "hada", "lokr")
     endings = [key.text[len(module) :] for module, keys in by_module.items() for key in keys.values()]
     found = ", ".join(mark for mark in marks if any(mark in ending for ending in endings))
     spellings = " and ".join(sorted({spelling(module) for module in by_module}))
     is_renamed = any(not flat_name(module).endswith(flat_name(meaning[module][0])) for module in by_module)
-    return f"{spellings} ({found})" + (", HunyuanVideo's names" if is_renamed else "")
+    return f"{spellings} ({found})" + (f", {table.aliases_of} names" if is_renamed else "")

@@ -107,4 +107,6 @@ def _module_of(weight: str, lora: LoraFile) -> str | None:
     module, _, leaf = weight.rpartition(".")
     if leaf != "weight":
         return None
-    return next((name for name in map(native_name, without_prefixes(module)) if name in lora.modules), None)
+    rests = list(without_prefixes(module))
+    names = map(native_name, [*rests, *map(lora.table.from_diffusers, rests)])
+    return next((name for name in names if name in lora.modules), None)

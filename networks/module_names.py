@@ -14,6 +14,21 @@ from functools import cached_property
 NATIVE_PREFIX = "lora_unet_"
 
 
+class Renaming:
+    """From one spelling of dotted names to another.
+
+    Args:
+        names: old name -> new name; `{}` in both stands for the number of a block. Others stay as they are.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._rules = [(re.compile(re.escape(old).replace(r"\{\}", r"(\d+)")), new) for old, new in names.items()]
+
+    def __call__(self, dotted: str) -> str:
+        found = ((pattern.fullmatch(dotted), new) for pattern, new in self._rules)
+        return next((new.format(*match.groups()) for match, new in found if match), dotted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NameTable:
     """One architecture."""
@@ -25,6 +40,11 @@ class NameTable:
     """Dotted names of all modules that have a matrix; `{}` stands for the number of a block."""
     aliases: Mapping[str, tuple[str, ...]]
     """Another spelling -> the module that it means; or the modules that it fuses, in the order of their rows."""
+    aliases_of: str
+    """Whose spelling that is, for messages: `HunyuanVideo's`."""
+    to_diffusers: Renaming = Renaming({})
+    """From a module's dotted name to that in diffusers' model, which may be the same."""
+    from_diffusers: Renaming = Renaming({})
 
     def find(self, flat: str) -> tuple[str, ...]:
         """Dotted names of the module or modules that `flat` means; empty when it is not known."""

@@ -27,8 +27,8 @@ class Targets:
     """Regular expression for the dotted path of a block."""
     exclude: str
     """Regular expression for the candidates that are left out unless an include pattern matches."""
-    network_module: str | None
-    """The `--network_module` that adds plain LoRA to this family; None while there is none."""
+    network_module: str
+    """The `--network_module` that adds plain LoRA to this family."""
 
 
 FRAMEPACK = Targets(
@@ -41,7 +41,7 @@ WAN = Targets(
     family="Wan",
     blocks=r"blocks\.\d+",
     exclude=r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*",
-    network_module=None,
+    network_module="networks.lora_wan",
 )
 HUNYUAN_VIDEO = Targets(
     family="HunyuanVideo",
@@ -124,8 +124,7 @@ def _wrong_family(transformer: nn.Module, families: Sequence[Targets], network_m
     found = family_of(transformer)
     got = f"a {found.family} transformer" if found else f"a {type(transformer).__name__} without known blocks"
     fitting = [found] if found else [family for family in FAMILIES if family not in families]
-    modules = [family.network_module for family in fitting if family.network_module]
-    remedy = f"use {' or '.join(modules)}" if modules else f"LoRA for {found.family} is not available yet"
+    remedy = f"use {' or '.join(family.network_module for family in fitting)}"
     expected = f"a {' or '.join(family.family for family in families)} transformer"
     return UserError(f"--network_module {network_module}", got, expected, remedy)
 

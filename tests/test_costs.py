@@ -25,9 +25,9 @@ from frame_pack.costs import (
     step_flops,
 )
 from frame_pack.model import Conditioning, FramePackTransformer, Prepared, StepInputs
-from frame_pack.rope import Rope
 from modules.checkpointing import Checkpointing
 from modules.plan import Flops, training_flops
+from modules.rope import Rope
 from networks.lora_framepack import create_network
 from options.flags_generate import RequestFlags
 from options.one_frame import OneFrameOptions

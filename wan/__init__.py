@@ -1,0 +1,1 @@
+"""Wan2.1: the transformer, what it is told, and the pipeline around it."""
