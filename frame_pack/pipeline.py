@@ -43,10 +43,10 @@ from modules.execution import Execution
 from networks.lora_merge import LoraMerge
 from networks.prompt_loras import PromptLoras
 from options.flags_compile import CompileFlags
-from options.flags_generate import ComputeFlags
+from options.flags_fpack_generate import FramePackComputeFlags
 from options.fp8 import Fp8Mode
+from options.fpack_request import FramePackRequest
 from options.memory_size import MemorySize
-from options.request import GenerationRequest
 from options.swap_count import SwapCount
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Compute:
     bulk_decode: bool = False
 
     @classmethod
-    def from_flags(cls, flags: ComputeFlags, speed: CompileFlags | None = None) -> Compute:
+    def from_flags(cls, flags: FramePackComputeFlags, speed: CompileFlags | None = None) -> Compute:
         """bfloat16 transformer and float16 encoders on a GPU, float32 on a CPU, unless `--dit_dtype` says otherwise.
 
         Raises:
@@ -99,7 +99,7 @@ class Compute:
             bulk_decode=flags.bulk_decode,
         )
 
-    def planned(self, flags: ComputeFlags) -> Compute:
+    def planned(self, flags: FramePackComputeFlags) -> Compute:
         """With the types that a GPU would get, on a machine without one, unless `--device` asks for this machine."""
         if flags.device is not None or self.device.type != "cpu":
             return self
@@ -176,7 +176,7 @@ class FramePackPipeline:
             tokenizers=load_tokenizers,
         )
         self._transformer = resident("transformer", self._load_transformer, lent=transformer)
-        self._largest: GenerationRequest | None = None
+        self._largest: FramePackRequest | None = None
         if transformer is None:
             check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
 
@@ -196,18 +196,18 @@ class FramePackPipeline:
             with_paths=with_paths,
         )
 
-    def check(self, request: GenerationRequest) -> None:
+    def check(self, request: FramePackRequest) -> None:
         self._prompt_loras.check(request.loras)
         # What is kept for later steps grows with the tokens and, less, with the steps.
         self._largest = max(filter(None, (self._largest, request)), key=lambda r: (num_tokens(r), r.num_steps))
 
-    def num_operations(self, request: GenerationRequest) -> int:
+    def num_operations(self, request: FramePackRequest) -> int:
         return self._plan(request).num_operations
 
-    def plan(self, request: GenerationRequest, size: MemorySize) -> str:
+    def plan(self, request: FramePackRequest, size: MemorySize) -> str:
         return self._plan(request).text(size)
 
-    def _plan(self, request: GenerationRequest) -> GenerationPlan:
+    def _plan(self, request: FramePackRequest) -> GenerationPlan:
         tokenizer = self._encoders.tokenizers()[0]
         return plan_generation(self._checkpoints, self.compute, request, self._empty, tokenizer=tokenizer)
 
@@ -247,18 +247,18 @@ class FramePackPipeline:
         finally:
             self._prompt_loras.leave_device()
 
-    def _denoise(self, request: GenerationRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
+    def _denoise(self, request: FramePackRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
         transformer = self._transformer.model
         with self._prompt_loras.on(transformer, request.loras):
             return generate_latents(transformer, request, cond, on_progress)
 
-    def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
+    def decode(self, request: FramePackRequest, latents: Tensor) -> Frames:
         self._make_room_for_vae(request, latents)
         with self._vae.use():
             window, bulk = request.latent_window_size, self.compute.bulk_decode
             return decode_latents(self._vae.model, latents, window=window, bulk=bulk)
 
-    def _make_room_for_vae(self, request: GenerationRequest, latents: Tensor) -> None:
+    def _make_room_for_vae(self, request: FramePackRequest, latents: Tensor) -> None:
         """The transformer steps aside when the device could not hold the VAE's work beside it."""
         compute, num_latents = self.compute, latents.shape[1]
         if not compute.bulk_decode:

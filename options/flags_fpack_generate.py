@@ -1,13 +1,17 @@
 """The flags of `fpack_generate_video.py`."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from options.errors import UserError
 from options.flag_fields import flag, later
 from options.flags_compile import CompileFlags, check_compile
-from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.flags_generate import ComputeFlags, OutputFlags, SeriesFlags, VaeMemoryFlags, check_vae_memory
 from options.flags_lora import LoraFlags
+from options.fpack_request import FramePackRequestFlags
+from options.swap_count import SwapCount
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,36 @@ class FramePackModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FramePackComputeFlags(ComputeFlags, VaeMemoryFlags):
+    """Device, types and memory."""
+
+    bulk_decode: bool = flag("decode a video in one piece", default=False)
+    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
+    blocks_to_swap: SwapCount = flag(
+        "transformer blocks kept in RAM, up to 38, or auto: as many as it takes", default=SwapCount()
+    )
+    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
+
+    recorded_types: ClassVar[Mapping[str, tuple[type, ...]]] = ComputeFlags.recorded_types | {
+        "vae_spatial_tile_sample_min_size": (int, type(None)),
+        "vae_chunk_size": (int, type(None)),
+        "bulk_decode": (bool,),
+        "fp8_llm": (bool,),
+    }
+    not_in_older: ClassVar[Mapping[str, object]] = {
+        **{"attn_mode": "sdpa", "compile": False},
+        **{"fp8": False, "fp8_scaled": False, "fp8_llm": False},
+    }
+    replayed: ClassVar[tuple[str, ...]] = (
+        *("vae_spatial_tile_sample_min_size", "vae_chunk_size"),
+        *("bulk_decode", "fp8_llm"),
+    )
+
+    def check(self) -> None:
+        check_vae_memory(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MagCacheFlags:
     """Steps that are skipped."""
 
@@ -42,9 +76,9 @@ class FramePackGenerateFlags:
     """All of them."""
 
     models: FramePackModelFlags
-    request: RequestFlags
+    request: FramePackRequestFlags
     output: OutputFlags
-    compute: ComputeFlags
+    compute: FramePackComputeFlags
     lora: LoraFlags
     compilation: CompileFlags
     magcache: MagCacheFlags
