@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +25,7 @@ from frame_pack.plan import EmptyTransformers, GenerationPlan, plan_generation
 from frame_pack.sampling import generate_latents
 from frame_pack.swapping import SwapWish, check_swap, choose_swap
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
-from generation.settings import Provenance, content_hash, readable
+from generation.settings import Provenance, merged_loras
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import (
@@ -41,7 +39,7 @@ from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
 from networks.lora_merge import LoraMerge
-from networks.prompt_loras import PromptLoras
+from networks.transformer_stage import TransformerStage
 from options.flags_compile import CompileFlags
 from options.flags_fpack_generate import FramePackComputeFlags
 from options.fp8 import Fp8Mode
@@ -166,7 +164,7 @@ class FramePackPipeline:
             )
 
         self.compute, self._checkpoints, self._tokenizers = compute, checkpoints, tokenizers
-        self._merge, self._prompt_loras = merge, PromptLoras(files.transformer)
+        self._merge = merge
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
             llama=resident("LLaMA", partial(load_llama, files.llama, fp8=compute.fp8_llm, **place)),
@@ -175,8 +173,15 @@ class FramePackPipeline:
             vae=self._vae,
             tokenizers=load_tokenizers,
         )
-        self._transformer = resident("transformer", self._load_transformer, lent=transformer)
-        self._largest: FramePackRequest | None = None
+        self._transformer = TransformerStage(
+            files.transformer,
+            self._load_transformer,
+            # What is kept for later steps grows with the tokens and, less, with the steps.
+            size=lambda request: (num_tokens(request), request.num_steps),
+            device=compute.device,
+            keep=keep_loaded,
+            lent=transformer,
+        )
         if transformer is None:
             check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
 
@@ -188,7 +193,7 @@ class FramePackPipeline:
         for (flag, kind, encoder), given in zip(sources, self._tokenizers, strict=True):
             models[flag] = tokenizer_fingerprint(find_tokenizer(kind, given=given, checkpoint=encoder))
         if self._merge and self._merge.choices:
-            models["--lora_weight"] = _merged_loras(self._merge)
+            models["--lora_weight"] = merged_loras(self._merge.choices)
         return Provenance(
             family=FAMILY,
             models=models,
@@ -197,9 +202,7 @@ class FramePackPipeline:
         )
 
     def check(self, request: FramePackRequest) -> None:
-        self._prompt_loras.check(request.loras)
-        # What is kept for later steps grows with the tokens and, less, with the steps.
-        self._largest = max(filter(None, (self._largest, request)), key=lambda r: (num_tokens(r), r.num_steps))
+        self._transformer.check(request)
 
     def num_operations(self, request: FramePackRequest) -> int:
         return self._plan(request).num_operations
@@ -215,18 +218,17 @@ class FramePackPipeline:
     def _empty(self) -> EmptyTransformers:
         return EmptyTransformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
-    def _load_transformer(self) -> FramePackTransformer:
+    def _load_transformer(self, largest: FramePackRequest) -> FramePackTransformer:
         compute, checkpoint = self.compute, self._checkpoints.transformer
         place = {"dtype": compute.transformer_dtype, "device": compute.device}
-        swap = self._choose_swap()
+        swap = self._choose_swap(largest)
         transformer = load_transformer(checkpoint, merge=self._merge, fp8=compute.fp8, swap=swap, **place)
         compute.execution.apply_to(transformer)
         return transformer
 
-    def _choose_swap(self) -> SwapOptions:
-        """For the largest request so far."""
+    def _choose_swap(self, largest: FramePackRequest) -> SwapOptions:
         compute = self.compute
-        plan = cache(lambda: self._plan(self._largest))
+        plan = cache(lambda: self._plan(largest))
 
         def needed(num_blocks: int, offload: bool) -> int:
             options = replace(plan().options, num_blocks=num_blocks, offload=offload)
@@ -241,15 +243,11 @@ class FramePackPipeline:
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoise]:
-        try:
-            with torch.no_grad(), self._transformer.use():
-                yield self._denoise
-        finally:
-            self._prompt_loras.leave_device()
+        with torch.no_grad(), self._transformer.use():
+            yield self._denoise
 
     def _denoise(self, request: FramePackRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
-        transformer = self._transformer.model
-        with self._prompt_loras.on(transformer, request.loras):
+        with self._transformer.model_for(request) as transformer:
             return generate_latents(transformer, request, cond, on_progress)
 
     def decode(self, request: FramePackRequest, latents: Tensor) -> Frames:
@@ -268,17 +266,3 @@ class FramePackPipeline:
         needed = decode_bytes(work, num_latents, request.height, request.width)
         if free_memory(compute.device) < needed:
             self._transformer.step_aside()
-
-
-def _merged_loras(merge: LoraMerge) -> str:
-    """Which LoRAs are in the model and how much of each, known by their content."""
-    choices = [
-        {
-            "name": readable(Path(choice.path).name),
-            "file": content_hash(choice.path),
-            "multiplier": choice.multiplier,
-            "patterns": [choice.include, choice.exclude],
-        }
-        for choice in merge.choices
-    ]
-    return json.dumps(choices, ensure_ascii=False)

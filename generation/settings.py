@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 from options.errors import UserError
 from options.flags_generate import ComputeFlags
+from options.lora import LoraChoice
 from options.request import GenerationRequest
 from options.request_rules import COMMON_LIMITS
 
@@ -66,6 +67,20 @@ def content_hash(path: str | Path) -> str:
     """sha256 of a file; remembered until the file changes."""
     stat = Path(path).stat()
     return _content_hash(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def merged_loras(choices: Sequence[LoraChoice]) -> str:
+    """Which LoRAs are in a model and how much of each, known by their content, as JSON text."""
+    loras = [
+        {
+            "name": readable(Path(choice.path).name),
+            "file": content_hash(choice.path),
+            "multiplier": choice.multiplier,
+            "patterns": [choice.include, choice.exclude],
+        }
+        for choice in choices
+    ]
+    return json.dumps(loras, ensure_ascii=False)
 
 
 @lru_cache(maxsize=1024)
