@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from options.errors import UserError, did_you_mean
+from options.errors import UserError, UserErrors, did_you_mean
 
 SWITCHES = ("no_2x", "no_4x", "no_post")
 KNOWN = ("default", *SWITCHES, "target_index", "control_index")
 QUOTE_HINT = "a ';' must be quoted in a shell: \"control_index=0;10\""
+WAN_PLACES = 1024
+"""Of Wan's time axis: indices are 0 to 1023."""
 OTHER_TOOLS = {
     "control_indices": "control_index",
     "clean_index": "control_index",
@@ -33,9 +36,9 @@ class OneFrameOptions:
     """Where the generated picture and its control images stand on the time axis."""
 
     target_index: int | None = None
-    """Index of the generated picture; None is `latent_window_size` (FramePack)."""
+    """Index of the generated picture; None is `latent_window_size` (FramePack; Wan has no default)."""
     control_indices: tuple[int, ...] | None = None
-    """One index per control image, in their order; None until `resolve`."""
+    """One index per control image, in their order; None until `resolve`. FramePack alone has the three that follow."""
     no_2x: bool = False
     """Leave out the (zero) history at half resolution."""
     no_4x: bool = False
@@ -83,6 +86,42 @@ class OneFrameOptions:
             raise UserError(where, got, "one index per control image", f"give as many as images; {QUOTE_HINT}")
         return self
 
+    def resolve_wan(self, num_controls: int, where: str = "--one_frame_inference") -> OneFrameOptions:
+        """`resolve` for Wan, where nothing has a default: the picture is one more frame among the control images.
+
+        Raises:
+            UserErrors: everything that is missing, contradicts the number of control images or lies outside the axis.
+        """
+        if problems := list(self._wan_problems(num_controls, where)):
+            raise UserErrors(problems)
+        return self
+
+    def _wan_problems(self, num_controls: int, where: str) -> Iterator[UserError]:
+        target, controls = self.target_index, self.control_indices
+        if num_controls == 0:
+            remedy = "give --control_image_path, usually the start image once more"
+            yield UserError(where, "no control image", "at least one, as Wan makes the picture from them", remedy)
+        if target is None:
+            yield UserError(where, "no target_index", "the index of the picture", "give target_index=1, say")
+        if controls is None:
+            remedy = f"give control_index=0, say; {QUOTE_HINT}"
+            yield UserError(where, "no control_index", "one index per control image", remedy)
+        elif num_controls:
+            try:
+                self.resolve(num_controls, where)
+            except UserError as error:
+                yield error
+        yield from wan_place_problems(target, controls or (), where)
+
+    def wan_hints(self) -> list[str]:
+        """Advice about options that Wan does not need, and index values that are rarely meant."""
+        hints = []
+        if ignored := [name for name in SWITCHES if getattr(self, name)]:
+            hints.append(f"{', '.join(ignored)}: ignored, as Wan has no history and no post frame to leave out")
+        if self.target_index == 0:
+            hints.append("target_index=0 is the place of the start image; usual values are 1 and more")
+        return hints
+
     def hints(self, window: int) -> list[str]:
         """Advice about index values that work but are rarely meant."""
         hints = []
@@ -101,6 +140,17 @@ class OneFrameOptions:
         if self.control_indices:
             parts.append(f"control_index={';'.join(map(str, self.control_indices))}")
         return ",".join(parts) or "default"
+
+
+def wan_place_problems(target: int | None, controls: Sequence[int], where: str) -> Iterator[UserError]:
+    """Places that Wan's time axis does not have, or that the picture would share with a control image."""
+    for key, index in (("target_index", target), *(("control_index", index) for index in controls)):
+        if index is not None and index >= WAN_PLACES:
+            remedy = "Wan's time axis ends there"
+            yield UserError(where, f"{key}={index}", f"an index from 0 to {WAN_PLACES - 1}", remedy)
+    if target in controls:
+        got = f"target_index={target} and a control image at {target}"
+        yield UserError(where, got, "a place of its own for the picture", "choose another target_index")
 
 
 def _index(text: str, key: str, where: str) -> int:
