@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from common.flags import run_script
-from options.flags_fpack_generate import FramePackGenerateFlags, check_saved_model, check_speed
+from options.flags_fpack_generate import FramePackGenerateFlags
+from options.generate_checks import check_saved_model, check_speed
 from options.lora import lora_choices
 
 
@@ -46,19 +47,12 @@ def decode_saved(flags: FramePackGenerateFlags) -> int:
 
 
 def save_model(flags: FramePackGenerateFlags) -> None:
-    """The transformer with its LoRAs as a file, in its own types or in fp8; no other model is needed."""
-    from common.device import pick_device
     from frame_pack.loading import open_transformer, save_fp8_transformer
-    from networks.lora_merge import merge_into_file
+    from networks.saved_model import save_model
 
-    check_saved_model(flags)
-    choices, output, mode = lora_choices(flags.lora), flags.lora.saved_model, flags.compute.fp8_mode
-    checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
-    how = {"device": pick_device(flags.compute.device), "flag": flags.lora.saving_flag}
-    if flags.lora.save_fp8_model is None:
-        merge_into_file(checkpoint, choices, output, **how)
-    else:
-        save_fp8_transformer(checkpoint, choices, output, mode="scaled" if mode == "off" else mode, **how)
+    check_saved_model(flags, flags.models.dit)
+    memmap = not flags.models.disable_numpy_memmap
+    save_model(flags, lambda: open_transformer(flags.models.dit, memmap=memmap), save_fp8_transformer)
 
 
 def generate(flags: FramePackGenerateFlags) -> int:

@@ -43,7 +43,7 @@ from frame_pack.swapping import check_swap, choose_swap, most_blocks
 from modules.attention import LIBRARIES
 from modules.flow_matching import NUM_TIMESTEPS, shifted_sigmas
 from options.flags_compile import CompileFlags
-from options.flags_generate import ComputeFlags
+from options.flags_fpack_generate import FramePackComputeFlags
 from options.geometry import VAE_STRIDE
 from options.one_frame import OneFrameOptions
 
@@ -62,7 +62,7 @@ HEADINGS = ("options", "ms/step", "ratio", "prepare", "load", "peak", "computed"
 class Options:
     """A set of options that is measured."""
 
-    compute: ComputeFlags
+    compute: FramePackComputeFlags
     compilation: CompileFlags
 
     @classmethod

@@ -41,7 +41,7 @@ def read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
             if option.name in places:
                 logger.warning("%s overrides %s", where, places[option.name])
             places[option.name] = where
-            if not (option.is_later and _asks_for_nothing(value, option)):
+            if not (option.is_refused and _asks_for_nothing(value, option)):
                 values[option.name] = _read(option, value, where)
         except UserError as problem:
             problems.append(problem)
@@ -53,7 +53,7 @@ def read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
 def write_config(path: str, flags: Any) -> None:
     """Writes all options of a dataclass of flags, defaults too; `.toml` may be left out of `path`.
 
-    Secrets are left out, so are options of later versions; of options without a value there is a comment.
+    Secrets are left out, so are refused options; of options without a value there is a comment.
 
     Raises:
         UserError: there is a file already, or none can be written there.
@@ -123,7 +123,7 @@ def _known(name: str, where: str, by_name: Mapping[str, Option]) -> Option:
 
 
 def _asks_for_nothing(value: object, option: Option) -> bool:
-    """Whether an option of a later version may stand in the file, because it is off there."""
+    """Whether a refused option may stand in the file, because it is off there."""
     return not value or value == option.default
 
 
@@ -131,7 +131,7 @@ def _read(option: Option, value: object, where: str) -> Any:
     if option.kind is bool:
         if not isinstance(value, bool):
             raise UserError(where, shown(value), "true or false", "write it without quotes")
-        if option.is_later:
+        if option.is_refused:
             raise option.refuse(where, shown(value))
         return value
     if option.num_values is None:
@@ -156,7 +156,7 @@ def _one(option: Option, value: object, where: str) -> Any:
 
 
 def _is_written(option: Option) -> bool:
-    return not (option.is_later or option.metadata.get("secret") or option.name in ABOUT_FILES)
+    return not (option.is_refused or option.metadata.get("secret") or option.name in ABOUT_FILES)
 
 
 def _line(option: Option, value: Any) -> str:

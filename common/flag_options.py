@@ -66,8 +66,8 @@ class Option:
         return bool(self.metadata.get("positional"))
 
     @property
-    def is_later(self) -> bool:
-        return bool(self.metadata.get("later"))
+    def is_refused(self) -> bool:
+        return "refusal" in self.metadata
 
     @property
     def is_required(self) -> bool:
@@ -89,8 +89,8 @@ class Option:
         return f"{self.metadata['help']}{shown}"
 
     def refuse(self, where: str, got: object) -> UserError:
-        """The answer to an option of a later version."""
-        return UserError(where, got, "this option to be left out", NOT_YET)
+        """The answer to an option that is known, and not there."""
+        return UserError(where, got, "this option to be left out", self.metadata["refusal"])
 
     def convert(self, text: str, where: str) -> Any:
         """One value.
@@ -101,7 +101,7 @@ class Option:
         Raises:
             UserError: the text is none, or it is not available yet.
         """
-        if self.is_later:
+        if self.is_refused:
             raise self.refuse(where, text)
         if self.choices:
             return self._choose(text, where)

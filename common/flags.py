@@ -147,7 +147,7 @@ def _switch(option: Option) -> type[argparse.Action]:
 
     class Switch(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None) -> None:
-            if option.is_later:
+            if option.is_refused:
                 raise option.refuse(f"--{option.name}", option_string)
             setattr(namespace, self.dest, True)
 

@@ -29,7 +29,7 @@ from networks.lora_merge import LoraMerge
 from networks.network import Network
 from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.geometry import FRAMEPACK_FPS
 from options.memory_size import MemorySize
 from options.swap_count import SwapCount
@@ -65,9 +65,9 @@ class FramePackArchitecture:
         return architecture
 
     @property
-    def sample_defaults(self) -> RequestFlags:
+    def sample_defaults(self) -> FramePackRequestFlags:
         options = self.flags.framepack
-        return RequestFlags(
+        return FramePackRequestFlags(
             f1=options.f1,
             latent_window_size=options.latent_window_size,
             one_frame_inference="default" if options.one_frame else None,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,11 @@ from common.residency import Resident
 from frame_pack.context import apply_mask
 from frame_pack.image_encoder import encode_image
 from frame_pack.pictures import encode_pixels, latent_mask
+from generation.encoding import ImageInput, Results, encode_each, without_frames
 from generation.pipeline import Failure
 from hunyuan_model.text_encoders import encode_clip, encode_llama
+from options.fpack_request import FramePackRequest
 from options.geometry import VAE_STRIDE
-from options.request import GenerationRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +61,6 @@ class TextInput:
     system_prompt: str | None
 
 
-@dataclass(frozen=True)
-class ImageInput:
-    """What decides an image's features and latent."""
-
-    path: str | None
-    """None is no image: black for SigLIP, grey for the VAE."""
-    width: int
-    height: int
-    version: tuple[int, int] | None
-    """Time and size of the file, so that an edited one is encoded anew."""
-
-    @classmethod
-    def of(cls, path: str | None, request: GenerationRequest) -> ImageInput:
-        stat = Path(path).stat() if path is not None and Path(path).exists() else None
-        return cls(path, request.width, request.height, stat and (stat.st_mtime_ns, stat.st_size))
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageLatent:
     """One encoded picture."""
@@ -107,12 +89,8 @@ class Encoders:
     latents: dict[ImageInput, ImageLatent] = field(default_factory=dict)
 
 
-NUM_REMEMBERED = 64
-"""Encoded texts and images that are kept for the next prompts of a session, of each kind."""
-
-
 def encode_requests(
-    encoders: Encoders, requests: Sequence[GenerationRequest]
+    encoders: Encoders, requests: Sequence[FramePackRequest]
 ) -> Iterator[FramePackConditioning | Failure]:
     """Encodes all texts, then all SigLIP features, then all latents, so that each encoder comes in once, if at all.
 
@@ -131,10 +109,10 @@ def encode_requests(
     starts = [image for needed in inputs for image in needed.starts.values()]
     pictures = [image for needed in inputs for image in needed.all_latents()]
     encoded = _Encoded(
-        llama=_encode(texts, encoders.llama, encode_with_llama, encoders.llama_states),
-        clip=_encode(texts, encoders.clip, encode_with_clip, encoders.clip_states),
-        features=_encode(starts, encoders.siglip, _features, encoders.features),
-        latents=_encode(pictures, encoders.vae, _image_latent, encoders.latents),
+        llama=encode_each(texts, encoders.llama, encode_with_llama, encoders.llama_states),
+        clip=encode_each(texts, encoders.clip, encode_with_clip, encoders.clip_states),
+        features=encode_each(starts, encoders.siglip, _features, encoders.features),
+        latents=encode_each(pictures, encoders.vae, _image_latent, encoders.latents),
     )
     for request, needed in zip(requests, inputs, strict=True):
         try:
@@ -155,15 +133,15 @@ class _Inputs:
     is_one_frame: bool
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> _Inputs:
+    def of(cls, request: FramePackRequest) -> _Inputs:
         system, uses_end = request.system_prompt, request.end_image_path and not request.f1
-        is_one_frame = request.one_frame is not None
+        is_one_frame, size = request.one_frame is not None, (request.width, request.height)
         return cls(
             texts={section: TextInput(prompt, system) for section, prompt in request.prompts.items()},
             negative=TextInput(request.negative_prompt, system) if request.uses_cfg else None,
-            starts={s: ImageInput.of(path, request) for s, path in (request.image_paths or {0: None}).items()},
-            end=ImageInput.of(request.end_image_path, request) if uses_end and not is_one_frame else None,
-            controls=tuple(ImageInput.of(path, request) for path in request.control_image_paths),
+            starts={s: ImageInput.of(path, *size) for s, path in (request.image_paths or {0: None}).items()},
+            end=ImageInput.of(request.end_image_path, *size) if uses_end and not is_one_frame else None,
+            controls=tuple(ImageInput.of(path, *size) for path in request.control_image_paths),
             is_one_frame=is_one_frame,
         )
 
@@ -176,56 +154,18 @@ class _Inputs:
         return list(images)
 
 
-class _Results(dict):
-    """Encoded inputs; asking for one that failed raises its error."""
-
-    def __getitem__(self, key: Any) -> Any:
-        value = super().__getitem__(key)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Encoded:
     """What every encoder made of all requests."""
 
-    llama: _Results
+    llama: Results
     """(L, text_width) by `TextInput`"""
-    clip: _Results
+    clip: Results
     """(pooled_width,) by `TextInput`"""
-    features: _Results
+    features: Results
     """(729, image_width) by `ImageInput`"""
-    latents: _Results
+    latents: Results
     """`ImageLatent` by `ImageInput`"""
-
-
-def _encode(inputs: Iterable[Any], encoder: Resident, encode: Callable[[Any, Any], Any], remembered: dict) -> _Results:
-    """Every input's result, or the exception that it caused. The model comes in only for what is not remembered."""
-    results = _Results({key: remembered.get(key) for key in inputs})
-    missing = [key for key, value in results.items() if value is None]
-    with encoder.use() if missing else nullcontext():
-        for key in missing:
-            try:
-                results[key] = encode(encoder.model, key)
-            except Exception as error:  # kept for the requests that need it
-                results[key] = without_frames(error)
-    for key, value in results.items():
-        if not isinstance(value, Exception):
-            remembered.pop(key, None)  # to the end, where the latest are
-            remembered[key] = value
-    for key in list(remembered)[:-NUM_REMEMBERED]:
-        del remembered[key]
-    return results
-
-
-def without_frames(error: Exception) -> Exception:
-    """The error without tracebacks, its causes' too: their frames hold the encoder, which has to leave the device."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _features(siglip: Any, image: ImageInput) -> Tensor:
@@ -248,7 +188,7 @@ def _image_latent(vae: Any, image: ImageInput) -> ImageLatent:
     return ImageLatent(latent=latent, mask=latent_mask(alpha), thumbnail=thumbnail)
 
 
-def _assemble(request: GenerationRequest, inputs: _Inputs, encoded: _Encoded) -> FramePackConditioning:
+def _assemble(request: FramePackRequest, inputs: _Inputs, encoded: _Encoded) -> FramePackConditioning:
     """One request's share, masks applied where they belong to a start image."""
 
     def states(text: TextInput) -> TextStates:
@@ -275,5 +215,5 @@ def _assemble(request: GenerationRequest, inputs: _Inputs, encoded: _Encoded) ->
     )
 
 
-def _mask_file(path: str, request: GenerationRequest, flag: str) -> Tensor:
+def _mask_file(path: str, request: FramePackRequest, flag: str) -> Tensor:
     return latent_mask(load_mask(path, width=request.width, height=request.height, flag=flag))

@@ -23,8 +23,8 @@ from frame_pack.context import (
 from frame_pack.layers import TIME_CHANNELS
 from frame_pack.model import PATCH
 from modules.plan import Flops, attention_flops, linear_flops
+from options.fpack_request import FramePackRequest
 from options.geometry import VAE_STRIDE
-from options.request import GenerationRequest
 
 NUM_IMAGE = 729
 """SigLIP's patches."""
@@ -92,7 +92,7 @@ def group_tokens(num_frames: int, height: int, width: int, pool: int) -> int:
     return frames * rows * columns
 
 
-def context_of(request: GenerationRequest) -> PackedContext:
+def context_of(request: FramePackRequest) -> PackedContext:
     """The context of one of its sections without any content: all of them have equally many tokens."""
     like = torch.empty(1, 1, 1, request.height // VAE_STRIDE, request.width // VAE_STRIDE, device="meta")
     window = request.latent_window_size
@@ -105,7 +105,7 @@ def context_of(request: GenerationRequest) -> PackedContext:
     return section_context(like, others, padding=0, window=window)
 
 
-def num_tokens(request: GenerationRequest) -> int:
+def num_tokens(request: FramePackRequest) -> int:
     """Of its pictures, which is nearly all; texts are not counted."""
     return Tokens.of(context_of(request), num_text=0).total
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +25,7 @@ from frame_pack.plan import EmptyTransformers, GenerationPlan, plan_generation
 from frame_pack.sampling import generate_latents
 from frame_pack.swapping import SwapWish, check_swap, choose_swap
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
-from generation.settings import Provenance, content_hash, readable
+from generation.settings import Provenance, merged_loras
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import find_tokenizer, load_clip, load_llama, load_tokenizer
@@ -35,12 +33,12 @@ from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
 from networks.lora_merge import LoraMerge
-from networks.prompt_loras import PromptLoras
+from networks.transformer_stage import TransformerStage
 from options.flags_compile import CompileFlags
-from options.flags_generate import ComputeFlags
+from options.flags_fpack_generate import FramePackComputeFlags
 from options.fp8 import Fp8Mode
+from options.fpack_request import FramePackRequest
 from options.memory_size import MemorySize
-from options.request import GenerationRequest
 from options.swap_count import SwapCount
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ class Compute:
     bulk_decode: bool = False
 
     @classmethod
-    def from_flags(cls, flags: ComputeFlags, speed: CompileFlags | None = None) -> Compute:
+    def from_flags(cls, flags: FramePackComputeFlags, speed: CompileFlags | None = None) -> Compute:
         """bfloat16 transformer and float16 encoders on a GPU, float32 on a CPU, unless `--dit_dtype` says otherwise.
 
         Raises:
@@ -93,7 +91,7 @@ class Compute:
             bulk_decode=flags.bulk_decode,
         )
 
-    def planned(self, flags: ComputeFlags) -> Compute:
+    def planned(self, flags: FramePackComputeFlags) -> Compute:
         """With the types that a GPU would get, on a machine without one, unless `--device` asks for this machine."""
         if flags.device is not None or self.device.type != "cpu":
             return self
@@ -160,7 +158,7 @@ class FramePackPipeline:
             )
 
         self.compute, self._checkpoints, self._tokenizers = compute, checkpoints, tokenizers
-        self._merge, self._prompt_loras = merge, PromptLoras(files.transformer)
+        self._merge = merge
         self._vae = Resident("VAE", partial(compute.load_vae, files.vae), device=compute.device, keep=True)
         self._encoders = Encoders(
             llama=resident("LLaMA", partial(load_llama, files.llama, fp8=compute.fp8_llm, **place)),
@@ -169,8 +167,15 @@ class FramePackPipeline:
             vae=self._vae,
             tokenizers=load_tokenizers,
         )
-        self._transformer = resident("transformer", self._load_transformer, lent=transformer)
-        self._largest: GenerationRequest | None = None
+        self._transformer = TransformerStage(
+            files.transformer,
+            self._load_transformer,
+            # What is kept for later steps grows with the tokens and, less, with the steps.
+            size=lambda request: (num_tokens(request), request.num_steps),
+            device=compute.device,
+            keep=keep_loaded,
+            lent=transformer,
+        )
         if transformer is None:
             check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
 
@@ -182,7 +187,7 @@ class FramePackPipeline:
         for (flag, kind, encoder), given in zip(sources, self._tokenizers, strict=True):
             models[flag] = tokenizer_fingerprint(find_tokenizer(kind, given=given, checkpoint=encoder))
         if self._merge and self._merge.choices:
-            models["--lora_weight"] = _merged_loras(self._merge)
+            models["--lora_weight"] = merged_loras(self._merge.choices)
         return Provenance(
             family=FAMILY,
             models=models,
@@ -190,18 +195,16 @@ class FramePackPipeline:
             with_paths=with_paths,
         )
 
-    def check(self, request: GenerationRequest) -> None:
-        self._prompt_loras.check(request.loras)
-        # What is kept for later steps grows with the tokens and, less, with the steps.
-        self._largest = max(filter(None, (self._largest, request)), key=lambda r: (num_tokens(r), r.num_steps))
+    def check(self, request: FramePackRequest) -> None:
+        self._transformer.check(request)
 
-    def num_operations(self, request: GenerationRequest) -> int:
+    def num_operations(self, request: FramePackRequest) -> int:
         return self._plan(request).num_operations
 
-    def plan(self, request: GenerationRequest, size: MemorySize) -> str:
+    def plan(self, request: FramePackRequest, size: MemorySize) -> str:
         return self._plan(request).text(size)
 
-    def _plan(self, request: GenerationRequest) -> GenerationPlan:
+    def _plan(self, request: FramePackRequest) -> GenerationPlan:
         tokenizer = self._encoders.tokenizers()[0]
         return plan_generation(self._checkpoints, self.compute, request, self._empty, tokenizer=tokenizer)
 
@@ -209,18 +212,17 @@ class FramePackPipeline:
     def _empty(self) -> EmptyTransformers:
         return EmptyTransformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
-    def _load_transformer(self) -> FramePackTransformer:
+    def _load_transformer(self, largest: FramePackRequest) -> FramePackTransformer:
         compute, checkpoint = self.compute, self._checkpoints.transformer
         place = {"dtype": compute.transformer_dtype, "device": compute.device}
-        swap = self._choose_swap()
+        swap = self._choose_swap(largest)
         transformer = load_transformer(checkpoint, merge=self._merge, fp8=compute.fp8, swap=swap, **place)
         compute.execution.apply_to(transformer)
         return transformer
 
-    def _choose_swap(self) -> SwapOptions:
-        """For the largest request so far."""
+    def _choose_swap(self, largest: FramePackRequest) -> SwapOptions:
         compute = self.compute
-        plan = cache(lambda: self._plan(self._largest))
+        plan = cache(lambda: self._plan(largest))
 
         def needed(num_blocks: int, offload: bool) -> int:
             options = replace(plan().options, num_blocks=num_blocks, offload=offload)
@@ -235,24 +237,20 @@ class FramePackPipeline:
 
     @contextmanager
     def denoiser(self) -> Iterator[Denoise]:
-        try:
-            with torch.no_grad(), self._transformer.use():
-                yield self._denoise
-        finally:
-            self._prompt_loras.leave_device()
+        with torch.no_grad(), self._transformer.use():
+            yield self._denoise
 
-    def _denoise(self, request: GenerationRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
-        transformer = self._transformer.model
-        with self._prompt_loras.on(transformer, request.loras):
+    def _denoise(self, request: FramePackRequest, cond: FramePackConditioning, on_progress: OnProgress) -> Tensor:
+        with self._transformer.model_for(request) as transformer:
             return generate_latents(transformer, request, cond, on_progress)
 
-    def decode(self, request: GenerationRequest, latents: Tensor) -> Frames:
+    def decode(self, request: FramePackRequest, latents: Tensor) -> Frames:
         self._make_room_for_vae(request, latents)
         with self._vae.use():
             window, bulk = request.latent_window_size, self.compute.bulk_decode
             return decode_latents(self._vae.model, latents, window=window, bulk=bulk)
 
-    def _make_room_for_vae(self, request: GenerationRequest, latents: Tensor) -> None:
+    def _make_room_for_vae(self, request: FramePackRequest, latents: Tensor) -> None:
         """The transformer steps aside when the device could not hold the VAE's work beside it."""
         compute, num_latents = self.compute, latents.shape[1]
         if not compute.bulk_decode:
@@ -262,17 +260,3 @@ class FramePackPipeline:
         needed = decode_bytes(work, num_latents, request.height, request.width)
         if free_memory(compute.device) < needed:
             self._transformer.step_aside()
-
-
-def _merged_loras(merge: LoraMerge) -> str:
-    """Which LoRAs are in the model and how much of each, known by their content."""
-    choices = [
-        {
-            "name": readable(Path(choice.path).name),
-            "file": content_hash(choice.path),
-            "multiplier": choice.multiplier,
-            "patterns": [choice.include, choice.exclude],
-        }
-        for choice in merge.choices
-    ]
-    return json.dumps(choices, ensure_ascii=False)

@@ -37,8 +37,8 @@ from modules.plan import Change, Rung, RunPlan, Stage, report_for
 from networks.lora_merge import LoraMerge
 from options.errors import UserError
 from options.fp8 import Fp8Mode
+from options.fpack_request import FramePackRequest
 from options.memory_size import MemorySize
-from options.request import GenerationRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,7 +151,7 @@ class GenerationPlan:
     """One request on one device."""
 
     files: FramePackCheckpoints
-    request: GenerationRequest
+    request: FramePackRequest
     tokens: Tokens
     prompt: PromptLength
     types: PlannedTypes
@@ -297,7 +297,7 @@ def swap_rung(swap: SwapWish, config: FramePackConfig, num_blocks: int) -> Rung:
 def plan_generation(
     checkpoints: FramePackCheckpoints,
     compute: Compute,
-    request: GenerationRequest,
+    request: FramePackRequest,
     transformers: EmptyTransformers,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -332,7 +332,7 @@ def plan_generation(
     )
 
 
-def _longest_prompt(request: GenerationRequest, tokenizer: PreTrainedTokenizerBase) -> PromptLength:
+def _longest_prompt(request: FramePackRequest, tokenizer: PreTrainedTokenizerBase) -> PromptLength:
     prompts = [*request.prompts.values(), *([request.negative_prompt] if request.uses_cfg else [])]
     read = [prompt_tokens(tokenizer, prompt, system_prompt=request.system_prompt) for prompt in prompts]
     ids, num_prefix = max(read, key=lambda found: len(found[0]))

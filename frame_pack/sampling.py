@@ -23,13 +23,13 @@ from generation.pipeline import OnProgress, Progress
 from modules.flow_matching import NUM_TIMESTEPS, denoised, resolution_mu, shifted_sigmas
 from modules.guidance import guided
 from modules.samplers import unipc
+from options.fpack_request import FramePackRequest
 from options.geometry import VAE_STRIDE
-from options.request import GenerationRequest
 from options.sections import lookup
 
 
 def generate_latents(
-    transformer: FramePackTransformer, request: GenerationRequest, cond: FramePackConditioning, on_progress: OnProgress
+    transformer: FramePackTransformer, request: FramePackRequest, cond: FramePackConditioning, on_progress: OnProgress
 ) -> Tensor:
     """The latents of a picture (C, 1, h, w) or of a video with its start frame (C, sections·n + 1, h, w), float32."""
     sample = _Sampler(transformer, request, cond, on_progress)
@@ -38,7 +38,7 @@ def generate_latents(
     return _f1(sample, request, cond) if request.f1 else _inverted(sample, request, cond)
 
 
-def _one_frame(sample: _Sampler, request: GenerationRequest, cond: FramePackConditioning) -> Tensor:
+def _one_frame(sample: _Sampler, request: FramePackRequest, cond: FramePackConditioning) -> Tensor:
     like = torch.empty(1, *sample.latent_shape(1))
     context = one_frame_context(
         cond.controls, cond.control_masks, request.one_frame, window=request.latent_window_size, like=like
@@ -48,7 +48,7 @@ def _one_frame(sample: _Sampler, request: GenerationRequest, cond: FramePackCond
     return latents
 
 
-def _inverted(sample: _Sampler, request: GenerationRequest, cond: FramePackConditioning) -> Tensor:
+def _inverted(sample: _Sampler, request: FramePackRequest, cond: FramePackConditioning) -> Tensor:
     """Last section first: each section sees the start image and what was generated after it."""
     later = torch.zeros(1, *sample.latent_shape(HISTORY_FRAMES))
     if cond.end is not None:
@@ -63,7 +63,7 @@ def _inverted(sample: _Sampler, request: GenerationRequest, cond: FramePackCondi
     return torch.cat([start, later[:, :, : num_sections * window]], dim=2)[0]
 
 
-def _f1(sample: _Sampler, request: GenerationRequest, cond: FramePackConditioning) -> Tensor:
+def _f1(sample: _Sampler, request: FramePackRequest, cond: FramePackConditioning) -> Tensor:
     """First section first: each section sees the start image and what was generated before it."""
     num_sections, window = request.num_sections, request.latent_window_size
     earlier = torch.zeros(1, *sample.latent_shape(HISTORY_FRAMES))
@@ -82,7 +82,7 @@ class _Sampler:
     def __init__(
         self,
         transformer: FramePackTransformer,
-        request: GenerationRequest,
+        request: FramePackRequest,
         cond: FramePackConditioning,
         on_progress: OnProgress,
     ) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from generation.jobs import Job, single_job
-from generation.settings import Provenance, content_hash, request_to_json
+from generation.settings import Provenance, content_hash
 from options.errors import UserError, UserErrors
 from options.flags_generate import OutputFlags, RequestFlags
 from options.prompt_line import PromptLine, numbered_lines
@@ -56,9 +56,9 @@ def read_batch(path: str, flags: RequestFlags, image_size: ImageSize) -> list[Ba
 
 
 def _batch_line(line: str, where: str, flags: RequestFlags, image_size: ImageSize) -> BatchLine:
-    own = PromptLine.parse(line, where).over(flags)
+    own = PromptLine.parse(line, where, flags.line_options).over(flags)
     job = single_job(own, image_size, where)
-    data = request_to_json(job.request, content_hash) | ({"seed": None} if own.seed is None else {})
+    data = job.request.to_json(content_hash) | ({"seed": None} if own.seed is None else {})
     return BatchLine(job=job, key=hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest())
 
 

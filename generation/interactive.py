@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 from options.errors import UserError, one_line
-from options.prompt_line import options_help
 
 logger = logging.getLogger(__name__)
 
@@ -15,18 +14,19 @@ END_CHARACTERS = {"\x04", "\x1a"}  # Ctrl+D and Ctrl+Z where the console hands t
 WELCOME = "Write a prompt and its options; help lists them, Ctrl+D (on Windows Ctrl+Z and Enter) ends.\n"
 
 
-def interact(generate: Callable[[str], None], read: Callable[[], str]) -> None:
+def interact(generate: Callable[[str], None], read: Callable[[], str], *, help: str) -> None:
     """Reads lines and generates until the input ends; neither an error nor Ctrl+C ends the session.
 
     Args:
         generate: takes a prompt line.
         read: the next line; raises EOFError at the end.
+        help: what there is to write.
     """
     sys.stdout.write(WELCOME)
     while (line := _next_line(read)) is not None:
         try:
             if line == "help":
-                sys.stdout.write(f"{options_help()}\n")
+                sys.stdout.write(f"{help}\n")
             elif line:
                 generate(line)
         except KeyboardInterrupt:

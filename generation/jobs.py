@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from generation.check import check_request
 from options.flags_generate import RequestFlags
-from options.request import GenerationRequest, ImageSize, resolve_request
+from options.request import GenerationRequest, ImageSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ def single_job(flags: RequestFlags, image_size: ImageSize, where: str = "prompt"
     """One request, resolved and checked.
 
     Raises:
-        UserError: what `resolve_request` and `check_request` find.
+        UserError: what `RequestFlags.resolve` and `check_request` find.
     """
-    request = resolve_request(flags, image_size=image_size)
+    request = flags.resolve(image_size=image_size)
     check_request(request)
     return Job(request=request, where=where)

@@ -16,10 +16,9 @@ from generation.jobs import Job
 from generation.outputs import SETTINGS_KEY, save_latents, save_pictures, save_video, unused_stem
 from generation.pipeline import Conditioning, Denoise, Failure, Frames, OnProgress, Pipeline, Progress
 from generation.preview import Preview
-from generation.settings import Provenance, incumbent_metadata
+from generation.settings import Provenance
 from options.errors import UserError, one_line
 from options.flags_generate import OutputFlags
-from options.request import remarks
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def run(
 
 
 def log_remarks(job: Job) -> None:
-    for remark in remarks(job.request):
+    for remark in job.request.remarks():
         logger.warning("%s: %s", job.where, remark)
 
 
@@ -141,7 +140,7 @@ class _Writer:
     def __init__(self, job: Job, output: OutputFlags, settings: str) -> None:
         self._job = job
         # A single frame is a picture, whatever a video would be saved as.
-        default = "images" if job.request.one_frame is not None else "video"
+        default = "images" if job.request.is_picture else "video"
         self._output = replace(output, output_type=output.output_type or default)
         self._folder = Path(output.save_path)
         self._stem = unused_stem(self._folder, job.request.seed)
@@ -178,7 +177,7 @@ class _Writer:
 
     def _save_latents(self, latents: Tensor) -> Path:
         settings = {} if self._settings is None else {SETTINGS_KEY: self._settings}
-        metadata = {} if self._settings is None else incumbent_metadata(self._job.request) | settings
+        metadata = {} if self._settings is None else self._job.request.incumbent_metadata() | settings
         path = save_latents(latents, self._folder, self._stem, metadata=metadata)
         logger.info("saved %s", path)
         return path

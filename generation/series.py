@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 from common.device import pick_device
 from generation.batch import Journal, read_batch
@@ -25,6 +26,15 @@ from options.memory_size import MemorySize
 from options.request import ImageSize
 
 logger = logging.getLogger(__name__)
+
+
+class GenerateFlags(Protocol):
+    """What the flags of every generating script have."""
+
+    request: RequestFlags
+    output: OutputFlags
+    compute: ComputeFlags
+    series: SeriesFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +102,17 @@ def _plan_batch(series: SeriesFlags, request: RequestFlags, output: OutputFlags,
     )
 
 
-def recorded_job(series: SeriesFlags, *, family: str) -> tuple[Job, Recorded]:
+def recorded_job(flags: GenerateFlags, *, family: str) -> tuple[Job, Recorded]:
     """The job that made `--from_metadata`, and what else its file says.
 
     Raises:
         UserError: not a result of this family, or an input is missing or has changed.
     """
+    series = flags.series
     file = Path(series.from_metadata)
     search_dir = Path(series.search_dir) if series.search_dir else None
-    record = recorded(read_settings(file, flag="--from_metadata"), file, search_dir, family=family)
+    types = {"request_type": flags.request.request_type, "compute_type": type(flags.compute)}
+    record = recorded(read_settings(file, flag="--from_metadata"), file, search_dir, family=family, **types)
     check_request(record.request)
     return Job(request=record.request, where=file.name), record
 
@@ -143,7 +155,7 @@ def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> Compute
     The number type is taken over on the same kind of device only: float32 on a GPU would be twice the memory.
     """
     defaults = {field.name: field.default for field in fields(flags)}
-    names = ["vae_spatial_tile_sample_min_size", "vae_chunk_size", "bulk_decode", "fp8_llm"]
+    names = [*flags.replayed]
     if flags.fp8_mode == "off":
         names += ["fp8", "fp8_scaled"]
     if pick_device(flags.device).type == then["device"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from common.media import check_image, image_size
 from generation.check import check_jobs, check_output
@@ -13,6 +13,7 @@ from generation.jobs import single_job
 from generation.pipeline import Pipeline
 from generation.runner import run
 from generation.series import (
+    GenerateFlags,
     Plan,
     check_modes,
     output_type_like,
@@ -24,19 +25,8 @@ from generation.series import (
     warn_about_differences,
 )
 from generation.settings import Recorded
-from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags, check_vae_memory
+from options.line_options import options_help
 from options.prompt_line import PromptLine
-from options.request import check_flags, given_images
-
-
-class GenerateFlags(Protocol):
-    """What the flags of every generating script have."""
-
-    request: RequestFlags
-    output: OutputFlags
-    compute: ComputeFlags
-    series: SeriesFlags
-
 
 Flags = TypeVar("Flags", bound=GenerateFlags)
 
@@ -58,7 +48,7 @@ def run_session(
     Returns:
         The exit code: 1 when a job failed.
     """
-    check_vae_memory(flags.compute)
+    flags.compute.check()
     check_modes(flags.series, flags.request, flags.output)
     check_output(flags.output)
     if flags.output.latent_path:
@@ -97,7 +87,7 @@ def _run_plan(
 
 def _repeat(flags: Flags, family: str, open_pipeline: Callable[[Flags], Pipeline]) -> int:
     """Makes a result once more from the settings that it carries."""
-    job, record = recorded_job(flags.series, family=family)
+    job, record = recorded_job(flags, family=family)
     output = replace(flags.output, output_type=output_type_like(flags.series.from_metadata, flags.output))
     flags = replace(flags, output=output, compute=recorded_compute(flags.compute, record.compute))
     return _run_plan(flags, Plan(jobs=(job,)), open_pipeline, record)
@@ -105,18 +95,19 @@ def _repeat(flags: Flags, family: str, open_pipeline: Callable[[Flags], Pipeline
 
 def _converse(flags: Flags, open_pipeline: Callable[[Flags], Pipeline]) -> int:
     """The interactive loop; models are loaded with the first prompt."""
-    check_flags(flags.request)
-    for flag, path in given_images(flags.request):
+    flags.request.check()
+    for flag, path in flags.request.given_images():
         check_image(path, flag=flag)
     pipeline = open_pipeline(flags)
     if flags.series.check:
         return report_check(Plan(jobs=()))
     provenance = pipeline.provenance(with_paths=flags.output.metadata_paths)
+    options = flags.request.line_options
 
     def generate(line: str) -> None:
-        job = single_job(PromptLine.parse(line, "prompt").over(flags.request), _control_size)
+        job = single_job(PromptLine.parse(line, "prompt", options).over(flags.request), _control_size)
         check_jobs(pipeline, [job])
         run(pipeline, [job], flags.output, provenance=provenance)
 
-    interact(generate, console_reader())
+    interact(generate, console_reader(), help=options_help(options))
     return 0

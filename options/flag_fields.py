@@ -34,4 +34,10 @@ def flag(
 
 def later(help: str, *, default: Any = None, alias: str | None = None) -> Any:
     """A flag that users know and that this version answers with "not available yet"."""
-    return field(default=default, metadata={"help": f"{help} (not available yet)", "later": True, "alias": alias})
+    metadata = {"help": f"{help} (not available yet)", "refusal": "not available yet in this version", "alias": alias}
+    return field(default=default, metadata=metadata)
+
+
+def refused(help: str, *, why: str, default: Any = None) -> Any:
+    """A flag that users know and that is answered with `why`."""
+    return field(default=default, metadata={"help": f"{help} ({why})", "refusal": why})

@@ -1,15 +1,15 @@
 """The flags of `fpack_generate_video.py`."""
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from options.errors import UserError
 from options.flag_fields import flag, later
-from options.flags_compile import CompileFlags, check_compile
-from options.flags_generate import ComputeFlags, OutputFlags, RequestFlags, SeriesFlags
+from options.flags_compile import CompileFlags
+from options.flags_generate import ComputeFlags, OutputFlags, SeriesFlags, VaeMemoryFlags, check_vae_memory
 from options.flags_lora import LoraFlags
-
-logger = logging.getLogger(__name__)
+from options.fpack_request import FramePackRequestFlags
+from options.swap_count import SwapCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,36 @@ class FramePackModelFlags:
     tokenizer1: str | None = flag("LLaMA tokenizer: folder or hub id (default: beside --text_encoder1, else the hub)")
     tokenizer2: str | None = flag("CLIP tokenizer: folder or hub id (default: beside --text_encoder2, else the hub)")
     disable_numpy_memmap: bool = flag("read safetensors with plain file reads instead of memory maps", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramePackComputeFlags(ComputeFlags, VaeMemoryFlags):
+    """Device, types and memory."""
+
+    bulk_decode: bool = flag("decode a video in one piece", default=False)
+    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
+    blocks_to_swap: SwapCount = flag(
+        "transformer blocks kept in RAM, up to 38, or auto: as many as it takes", default=SwapCount()
+    )
+    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
+
+    recorded_types: ClassVar[Mapping[str, tuple[type, ...]]] = ComputeFlags.recorded_types | {
+        "vae_spatial_tile_sample_min_size": (int, type(None)),
+        "vae_chunk_size": (int, type(None)),
+        "bulk_decode": (bool,),
+        "fp8_llm": (bool,),
+    }
+    not_in_older: ClassVar[Mapping[str, object]] = {
+        **{"attn_mode": "sdpa", "compile": False},
+        **{"fp8": False, "fp8_scaled": False, "fp8_llm": False},
+    }
+    replayed: ClassVar[tuple[str, ...]] = (
+        *("vae_spatial_tile_sample_min_size", "vae_chunk_size"),
+        *("bulk_decode", "fp8_llm"),
+    )
+
+    def check(self) -> None:
+        check_vae_memory(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +72,10 @@ class FramePackGenerateFlags:
     """All of them."""
 
     models: FramePackModelFlags
-    request: RequestFlags
+    request: FramePackRequestFlags
     output: OutputFlags
-    compute: ComputeFlags
+    compute: FramePackComputeFlags
     lora: LoraFlags
     compilation: CompileFlags
     magcache: MagCacheFlags
     series: SeriesFlags
-
-
-def check_speed(flags: CompileFlags, *, swaps: bool) -> None:
-    """Raises UserError for what cannot work, and logs what has no effect."""
-    check_compile(flags, swaps=swaps)
-    for hint in flags.hints():
-        logger.warning(hint)
-
-
-def check_saved_model(flags: FramePackGenerateFlags) -> None:
-    """Raises UserError for flags that do not go together with writing the transformer as a file."""
-    if flags.lora.save_fp8_model is not None and flags.lora.save_merged_model is not None:
-        got = "--save_merged_model beside --save_fp8_model"
-        raise UserError("--save_merged_model", got, "one of them", "run twice for both")
-    if flags.series.plan is not None:
-        raise UserError("--plan", f"--plan beside {flags.lora.saving_flag}", "something to generate", "leave one out")
-    if flags.models.dit is None:
-        raise UserError("--dit", "nothing", "a checkpoint file or folder", "give --dit")
-    if flags.request.lora:
-        raise UserError("--lora", " ".join(flags.request.lora), "--lora_weight, which is merged", "use that instead")
-    if flags.lora.save_merged_model is not None and flags.compute.fp8_mode != "off":
-        given = "--fp8_scaled" if flags.compute.fp8_scaled else "--fp8"
-        got = f"{given} beside --save_merged_model"
-        raise UserError(given, got, "a file in the model's own types", "use --save_fp8_model, or leave it out")

@@ -1,52 +1,100 @@
 """Flags that every generating script has: what is asked for, where results go, how and how often."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, TypeVar
 
 from options.errors import UserError
 from options.flag_fields import flag
 from options.fp8 import Fp8Mode, fp8_mode
+from options.line_options import LineOption
 from options.memory_size import ANY, PLAN, MemorySize
+from options.request import GenerationRequest, ImageSize
 from options.swap_count import PINNED, SwapCount
 
+Flags = TypeVar("Flags", bound="RequestFlags")
 DEFAULT_TILE = 256
 """Pixels per side with `--vae_tiling` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestFlags:
-    """What is generated; everything here may differ from one prompt to the next."""
+class RequestFlags(ABC):
+    """What is generated; everything here may differ from one prompt to the next. Each family adds its own."""
 
-    prompt: str | None = flag('prompt; by section: "0:text;;;-1:text"')
+    prompt: str | None = flag("prompt")
     negative_prompt: str | None = flag("used when --guidance_scale is not 1")
-    custom_system_prompt: str | None = flag("replaces the system prompt of the LLaMA text encoder")
     video_size: tuple[int, int] = flag("height and width, multiples of 16", default=(256, 256))
-    video_seconds: float = flag("length of the video at 30 frames per second", default=5.0)
-    video_sections: int | None = flag("length in sections; overrides --video_seconds")
-    image_path: str | None = flag('start image; by section: "0:a.png;;;-1:b.png"')
-    image_mask_path: str | None = flag("mask of the start image (one frame: of the first control image)")
-    end_image_path: str | None = flag("image that the video ends with (not F1, not one frame)")
-    one_frame_inference: str | None = flag(
-        "one picture: default, or no_2x,no_4x,no_post,target_index=9,control_index=0;10"
-    )
-    one_frame_auto_resize: bool = flag("take the aspect ratio from the first control image", default=False)
+    image_path: str | None = flag("start image")
+    end_image_path: str | None = flag("image that the video ends with")
+    one_frame_inference: str | None = flag("one picture: target_index=1,control_index=0, say")
     control_image_path: tuple[str, ...] = flag("control images of one-frame inference", default=())
     control_image_mask_path: tuple[str, ...] = flag("their masks, by position; white is used", default=())
-    latent_paddings: str | None = flag("blank sections before each section, last section first: 3,2,1,0")
-    f1: bool = flag("FramePack-F1: generate forwards", default=False)
-    latent_window_size: int = flag("latent frames per section", default=9)
-    infer_steps: int = flag("denoising steps", default=25)
+    infer_steps: int | None = flag("denoising steps")
     seed: int | None = flag("seed of the noise (default: random)")
-    embedded_cfg_scale: float = flag("distilled guidance", default=10.0)
-    guidance_scale: float = flag("classifier-free guidance; 1 is off", default=1.0)
-    guidance_rescale: float = flag("guidance rescale, 0 to 1", default=0.0)
-    flow_shift: float | None = flag("fixed flow shift (default: by resolution)")
-    rope_scaling_timestep_threshold: int | None = flag("scale RoPE rows and columns at timesteps from here on")
-    rope_scaling_factor: float = flag("the factor for that", default=0.5)
+    guidance_scale: float | None = flag("classifier-free guidance; 1 is off")
+    flow_shift: float | None = flag("flow shift")
     fps: int = flag("frame rate of the video file", default=30)
     lora: tuple[str, ...] = flag(
         "LoRA of this prompt only, PATH or PATH:0.8, applied without loading the model anew", default=(), repeats=True
     )
+
+    request_type: ClassVar[type[GenerationRequest]]
+    """What these flags become."""
+    limits: ClassVar[Mapping[str, tuple[float, float]]]
+    """Lowest and highest value of each number. Far beyond what is useful; what lies outside is a typing error, and
+    would fail late or never end."""
+    line_options: ClassVar[Mapping[str, LineOption]]
+    """Inline options of prompts for generation, by letter."""
+    sample_options: ClassVar[Mapping[str, LineOption]]
+    """Those of prompts for training samples; each has its key in TOML and JSON."""
+
+    @property
+    @abstractmethod
+    def num_frames(self) -> int:
+        """Pixel frames that are asked for, as far as flags tell."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises UserError for whatever is wrong with a single flag; how they go together, `resolve` finds out."""
+
+    @abstractmethod
+    def resolve(self, *, image_size: ImageSize) -> GenerationRequest:
+        """Decides everything that is left open.
+
+        Args:
+            image_size: asked for the image whose aspect ratio is taken.
+
+        Raises:
+            UserError: a value that cannot work, alone or with the others.
+        """
+
+    def given_images(self) -> list[tuple[str, str]]:
+        """(flag, path) of every image that is named, before it is known how they go together."""
+        flags = split_image_list(self)
+        found = [("--image_path", path) for path in flags.start_images()]
+        for name in ("control_image_path", "control_image_mask_path"):
+            found += [(f"--{name}", path) for path in getattr(flags, name)]
+        return found + ([("--end_image_path", flags.end_image_path)] if flags.end_image_path else [])
+
+    def start_images(self) -> Sequence[str]:
+        """The paths in `--image_path`."""
+        return [self.image_path] if self.image_path else []
+
+    def with_values(self, values: Mapping[str, object]) -> Self:
+        """These flags with what a prompt says in their place."""
+        return replace(self, **values)
+
+    def remarks_on_samples(self, request: GenerationRequest, one_frame: str) -> list[str]:
+        """Advice about a training sample that works but may not be meant.
+
+        Args:
+            one_frame: what the one-frame option is called in its prompt.
+        """
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +138,8 @@ class VaeMemoryFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeFlags(VaeMemoryFlags):
-    """Device, types and memory."""
+class ComputeFlags:
+    """Device, types and memory; each family adds what its own models need."""
 
     device: str | None = flag("torch device (default: cuda if there is one, else cpu)")
     dit_dtype: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] | None = flag(
@@ -100,19 +148,30 @@ class ComputeFlags(VaeMemoryFlags):
     attn_mode: Literal["flash", "flash2", "flash3", "torch", "sageattn", "xformers", "sdpa"] = flag(
         "attention; torch and sdpa are the same, so are flash and flash2", default="torch"
     )
-    bulk_decode: bool = flag("decode a video in one piece", default=False)
     fp8: bool = flag("transformer in fp8: two thirds of the memory in bfloat16, and less precise", default=False)
     fp8_scaled: bool = flag("the same with scales, which keep much more of it; needs no --fp8", default=False)
-    fp8_llm: bool = flag("LLaMA in fp8 with scales", default=False)
     blocks_to_swap: SwapCount = flag(
-        "transformer blocks kept in RAM, up to 38, or auto: as many as it takes", default=SwapCount()
+        "transformer blocks kept in RAM, or auto: as many as it takes (at most: see the guide)", default=SwapCount()
     )
     use_pinned_memory_for_block_swap: bool = flag(PINNED, default=False)
     offload_invariant: Literal["auto", "always", "never"] = flag(
-        "keep weights that a prompt needs once (a quarter of FramePack) in RAM; auto: when memory is short",
+        "keep weights that a prompt needs once (a quarter of the model) in RAM; auto: when memory is short",
         default="auto",
     )
-    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
+
+    recorded_types: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "device": (str,),
+        "dit_dtype": (str,),
+        "attn_mode": (str,),
+        "compile": (bool,),
+        "fp8": (bool,),
+        "fp8_scaled": (bool,),
+    }
+    """What a result says about how it was computed."""
+    not_in_older: ClassVar[Mapping[str, object]] = {}
+    """What results were computed with before there was a choice."""
+    replayed: ClassVar[tuple[str, ...]] = ()
+    """Flags that a repeated result brings along, beside those of all families."""
 
     @property
     def attention(self) -> str:
@@ -122,6 +181,9 @@ class ComputeFlags(VaeMemoryFlags):
     @property
     def fp8_mode(self) -> Fp8Mode:
         return fp8_mode(fp8=self.fp8, scaled=self.fp8_scaled)
+
+    def check(self) -> None:
+        """Raises UserError for what cannot work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +202,19 @@ class SeriesFlags:
     search_dir: str | None = flag("where --from_metadata looks for the input images, folders below included")
     check: bool = flag("check everything that needs no weights, then exit", default=False)
     plan: MemorySize | None = flag(PLAN, alone=ANY)
+
+
+def split_image_list(flags: Flags) -> Flags:
+    """The comma list of one-frame mode, `--image_path "background.png,character.png"`.
+
+    The first image is looked at, and all are control images unless `--control_image_path` names others. A file of
+    exactly that name is one image.
+    """
+    path = flags.image_path or ""
+    if flags.one_frame_inference is None or "," not in path or os.path.exists(path):
+        return flags
+    images = tuple(part.strip() for part in path.split(","))
+    return replace(flags, image_path=images[0], control_image_path=flags.control_image_path or images)
 
 
 def check_vae_memory(flags: VaeMemoryFlags) -> None:

@@ -41,3 +41,14 @@ def bucket_near(size: tuple[int, int], area: tuple[int, int]) -> tuple[int, int]
 
 def _floor(value: float) -> int:
     return int(value) // SIZE_STEP * SIZE_STEP
+
+
+def size_like(image: tuple[int, int], *, area: int) -> tuple[int, int]:
+    """(width, height) in steps of 16 with at most about `area` pixels and the aspect ratio of `image` (width, height).
+
+    Source: Wan's image-to-video pipeline.
+    """
+    ratio = image[1] / image[0]
+    sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
+    width, height = (max(int(side) // SIZE_STEP * SIZE_STEP, SIZE_STEP) for side in sides)
+    return width, height

@@ -18,52 +18,21 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from options.errors import UserError, UserErrors, did_you_mean, shown
 from options.flags_generate import RequestFlags
-from options.geometry import FRAMEPACK_FPS
-from options.prompt_line import INTEGER, NUMBER, SIDES, LineOption, PromptLine, numbered_lines
+from options.line_options import LineOption
+from options.prompt_line import SIDES, PromptLine, numbered_lines
 
 FLAG = "--sample_prompts"
 FIRST = {".txt": "line", ".toml": "prompt", ".json": "entry"}
 """Kinds of files, and what a prompt is called in each."""
-MAX_FRAMES = 1_000_000
 T = TypeVar("T")
 
 
-def _seconds(text: str) -> float:
-    """Frames at the model's rate."""
-    if not 1 <= (frames := INTEGER(text)) <= MAX_FRAMES:
-        raise ValueError(f"1 to {MAX_FRAMES} frames")
-    return frames / FRAMEPACK_FPS
-
-
-def _option(key: str, field: str | None, convert: Callable[[str], object], help: str, **named: bool) -> LineOption:
-    return LineOption(field=field, convert=convert, help=help, key=key, **named)
-
-
-SAMPLE_OPTIONS = {
-    "w": _option("width", "video_size", INTEGER, "a width"),
-    "h": _option("height", "video_size", INTEGER, "a height"),
-    "f": _option("frame_count", "video_seconds", _seconds, "a number of frames"),
-    "d": _option("seed", "seed", INTEGER, "a seed"),
-    "s": _option("sample_steps", "infer_steps", INTEGER, "denoising steps"),
-    "g": _option("guidance_scale", "embedded_cfg_scale", NUMBER, "distilled guidance"),
-    "l": _option("cfg_scale", "guidance_scale", NUMBER, "classifier-free guidance"),
-    "fs": _option("discrete_flow_shift", "flow_shift", NUMBER, "a flow shift"),
-    "n": _option("negative_prompt", "negative_prompt", str, "a negative prompt"),
-    "i": _option("image_path", "image_path", str, "a start image"),
-    "im": _option("image_mask_path", "image_mask_path", str, "its mask"),
-    "ei": _option("end_image_path", "end_image_path", str, "an end image"),
-    "ci": _option("control_image_path", "control_image_path", str, "a control image", repeats=True),
-    "cim": _option("control_image_mask_path", "control_image_mask_path", str, "its mask", repeats=True),
-    "of": _option("one_frame", "one_frame_inference", str, "one-frame options, or default"),
-    "cn": _option("control_video_path", None, str, "a control video (not available yet)"),
-}
-"""By letter; each has its key in TOML and JSON. `guidance_scale` as a key is the distilled one."""
-KEYS = {option.key: letter for letter, option in SAMPLE_OPTIONS.items()}
 PROMPT, SUBSET = "prompt", "subset"
 
 
@@ -77,6 +46,8 @@ class SamplePrompt:
     """`prompts.txt line 3`."""
     entry: object
     """A line or a table; JSON may hold other things."""
+    options: Mapping[str, LineOption]
+    """What it may say, by letter; each has its key in TOML and JSON. `guidance_scale` as a key is the distilled one."""
 
     def over(self, defaults: RequestFlags) -> RequestFlags:
         """`defaults` with what the prompt says in their place.
@@ -87,13 +58,12 @@ class SamplePrompt:
             UserError: it is not a text or a table, or something in it is unknown or malformed.
         """
         line = self._parsed()
-        seconds = line.overrides.get("video_seconds", 0.0)
-        if seconds > 1 / FRAMEPACK_FPS:
-            if "one_frame_inference" in line.overrides:
-                got = f"{self.named('f')} {round(seconds * FRAMEPACK_FPS)} with {self.named('of')}"
-                raise UserError(self.where, got, "1 frame, or no one-frame options", "leave one of them out")
-            defaults = replace(defaults, one_frame_inference=None)
         flags = line.over(defaults)
+        if self.options["f"].field in line.overrides and flags.num_frames > 1:
+            if "one_frame_inference" in line.overrides:
+                got = f"{self.named('f')} {flags.num_frames} with {self.named('of')}"
+                raise UserError(self.where, got, "1 frame, or no one-frame options", "leave one of them out")
+            flags = replace(flags, one_frame_inference=None)
         if flags.prompt is None:
             given = 'prompt = "…"' if isinstance(self.entry, Mapping) else "it in front of the options"
             raise UserError(self.where, "no prompt", "a prompt", f"write {given}")
@@ -101,7 +71,7 @@ class SamplePrompt:
 
     def named(self, letter: str) -> str:
         """What an option is called in this prompt."""
-        return SAMPLE_OPTIONS[letter].key if isinstance(self.entry, Mapping) else f"--{letter}"
+        return self.options[letter].key if isinstance(self.entry, Mapping) else f"--{letter}"
 
     def resolve(self, defaults: RequestFlags, resolve: Callable[[RequestFlags], T]) -> T:
         """What `resolve` makes of the flags; what it complains about is said in the terms of the prompt.
@@ -118,15 +88,15 @@ class SamplePrompt:
 
     def in_its_terms(self, text: str) -> str:
         """`text` with the names that options have here, instead of those of generation's flags."""
-        names = {option.field: self.named(letter) for letter, option in SAMPLE_OPTIONS.items()}
+        names = {option.field: self.named(letter) for letter, option in self.options.items()}
         names["video_size"] = f"{self.named('h')} and {self.named('w')}"
         return re.sub(r"(?<!\S)--(\w+)", lambda match: names.get(match[1], match[0]), text)
 
     def _parsed(self) -> PromptLine:
         if isinstance(self.entry, str):
-            return PromptLine.parse(self.entry, self.where, SAMPLE_OPTIONS)
+            return PromptLine.parse(self.entry, self.where, self.options)
         if isinstance(self.entry, Mapping):
-            return _from_table(self.entry, self.where)
+            return _from_table(self.entry, self.where, self.options)
         raise UserError(self.where, shown(self.entry), 'a text, or a table such as {"prompt": "a cat"}', "change it")
 
 
@@ -150,8 +120,11 @@ def each(prompts: Iterable[SamplePrompt], convert: Callable[[SamplePrompt], T]) 
 # ---- files ----
 
 
-def sample_prompts(path: str) -> tuple[SamplePrompt, ...]:
+def sample_prompts(path: str, options: Mapping[str, LineOption]) -> tuple[SamplePrompt, ...]:
     """The prompts of a file, in its order; the suffix says of which kind it is.
+
+    Args:
+        options: what they may say.
 
     Raises:
         UserError: no such file, or not one of prompts.
@@ -165,7 +138,9 @@ def sample_prompts(path: str) -> tuple[SamplePrompt, ...]:
     except (OSError, ValueError) as error:
         raise UserError(FLAG, path, "a UTF-8 text file", f"check the path ({error})") from error
     try:
-        entries = {".txt": numbered_lines, ".toml": _toml_entries, ".json": _json_entries}[kind](text)
+        entries = {".txt": numbered_lines, ".toml": partial(_toml_entries, options=options), ".json": _json_entries}[
+            kind
+        ](text)
     except (ValueError, RecursionError) as error:  # the libraries' own errors are ValueErrors
         raise UserError(FLAG, path, f"valid {kind[1:].upper()}", f"mend it ({error})") from error
     except UserError as error:
@@ -174,12 +149,12 @@ def sample_prompts(path: str) -> tuple[SamplePrompt, ...]:
         raise UserError(FLAG, path, "at least one prompt", "write one")
     word = FIRST[kind]
     return tuple(
-        SamplePrompt(number=number, where=f"{file.name} {word} {place}", entry=entry)
+        SamplePrompt(number=number, where=f"{file.name} {word} {place}", entry=entry, options=options)
         for number, (place, entry) in enumerate(entries)
     )
 
 
-def _toml_entries(text: str) -> list[tuple[int, object]]:
+def _toml_entries(text: str, options: Mapping[str, LineOption]) -> list[tuple[int, object]]:
     data = tomllib.loads(text)
     for name in data:
         if name != PROMPT:
@@ -189,7 +164,7 @@ def _toml_entries(text: str) -> list[tuple[int, object]]:
         raise UserError(PROMPT, shown(common), "a table", "write [prompt], and [[prompt.subset]] above each prompt")
     shared = {key: value for key, value in common.items() if key != SUBSET}
     for key in shared.keys() - {PROMPT}:
-        _known(key, f"[{PROMPT}]")
+        _known(key, f"[{PROMPT}]", options)
     subsets = common.get(SUBSET, [{}] if shared else [])
     if not isinstance(subsets, list) or not all(isinstance(subset, Mapping) for subset in subsets):
         raise UserError(f"{PROMPT}.{SUBSET}", shown(subsets), "tables", "write [[prompt.subset]] above each prompt")
@@ -206,35 +181,38 @@ def _json_entries(text: str) -> list[tuple[int, object]]:
 # ---- tables ----
 
 
-def _from_table(table: Mapping[str, object], where: str) -> PromptLine:
+def _from_table(table: Mapping[str, object], where: str, options: Mapping[str, LineOption]) -> PromptLine:
     prompt, overrides = table.get(PROMPT), {}
     if not isinstance(prompt, str | None):
         raise UserError(where, f"{PROMPT} = {shown(prompt)}", "a text", "put it in quotes")
     for key, value in table.items():
         if key == PROMPT or value is None:
             continue
-        letter = _known(key, where)
-        option = SAMPLE_OPTIONS[letter]
+        letter = _known(key, where, options)
+        option = options[letter]
         name = letter if letter in SIDES else option.field
         if option.repeats:
             values = value if isinstance(value, list) else [value]
-            overrides[name] = tuple(_value(option, item, where) for item in values)
+            converted = tuple(_value(option, item, where) for item in values)
         else:
-            overrides[name] = _value(option, value, where)
+            converted = _value(option, value, where)
+        if option.has_effect:
+            overrides[name] = converted
     return PromptLine(prompt=prompt, overrides=overrides)
 
 
-def _known(key: str, where: str) -> str:
+def _known(key: str, where: str, options: Mapping[str, LineOption]) -> str:
     """The letter of a key.
 
     Raises:
         UserError: there is no such key.
     """
-    if key in KEYS:
-        return KEYS[key]
-    meant = (option.key for letter, option in SAMPLE_OPTIONS.items() if key in (letter, option.field))
+    letters = {option.key: letter for letter, option in options.items()}
+    if key in letters:
+        return letters[key]
+    meant = (option.key for letter, option in options.items() if key in (letter, option.field))
     short = next((f"here it is {known}" for known in meant), None)
-    known = [PROMPT, *KEYS]
+    known = [PROMPT, *letters]
     raise UserError(where, key, "a known key", short or did_you_mean(key, known, f"choose one of {', '.join(known)}"))
 
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from options.errors import UserError, did_you_mean
-from options.flags_generate import RequestFlags
+from options.flags_generate import RequestFlags, split_image_list
 from options.lora import parse_prompt_lora
 from options.one_frame import OneFrameOptions
-from options.request import split_image_list
 
 INTEGER_NAMES = ("target_index", "latent_window_size", "control_index", "seed")
-NUMBER_NAMES = ("guidance_scale", "embedded_cfg_scale", "lora")
+NUMBER_NAMES = ("guidance_scale", "embedded_cfg_scale", "flow_shift", "lora")
 KNOWN = (*INTEGER_NAMES, *NUMBER_NAMES)
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 RANGE = re.compile(rf"(?P<first>-?{NUMBER})\.\.(?P<last>-?{NUMBER})(?::(?P<step>{NUMBER}))?")
@@ -58,6 +57,8 @@ class Sweep:
         if setting == "lora":
             return replace(flags, lora=_with_multiplier(flags.lora, value, where))
         if setting not in ("target_index", "control_index"):
+            if not hasattr(flags, setting):
+                raise UserError(where, self.name, "a setting of this model", f"leave --{setting} to FramePack")
             return replace(flags, **{setting: value})
         if flags.one_frame_inference is None:
             raise UserError(where, self.name, "--one_frame_inference beside it", "add --one_frame_inference default")

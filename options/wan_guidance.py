@@ -27,7 +27,7 @@ class WanGuidanceFlags:
         "turns it on; original: one more pass for each step; uncond: CFG's negative pass skips the blocks"
     )
 
-    def resolve(self) -> GuidanceOptions:
+    def guidance_options(self) -> GuidanceOptions:
         """What they mean together.
 
         Raises:
@@ -43,7 +43,7 @@ class WanGuidanceFlags:
         options.check()
         return options
 
-    def hints(self) -> Iterator[str]:
+    def guidance_hints(self) -> Iterator[str]:
         """What has no effect, for the log."""
         if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
             yield "--cfg_skip_mode has no effect without --cfg_apply_ratio"

@@ -14,7 +14,7 @@ from frame_pack.pipeline import Compute
 from modules.attention import PLAIN, AttentionLayout, AttentionOptions, attend, check_attention, describe, try_attention
 from modules.execution import Execution
 from options.errors import UserError
-from options.flags_generate import ComputeFlags
+from options.flags_fpack_generate import FramePackComputeFlags
 from tests.training_builders import (
     NUM_BLOCKS,
     batch_of,
@@ -341,6 +341,6 @@ def test_the_log_says_which_kernels_pytorch_chooses():
     + [(name, name) for name in ("flash3", "xformers", "sageattn")],
 )
 def test_results_record_what_attended(mode, backend):
-    compute = Compute.from_flags(replace(ComputeFlags(), attn_mode=mode, device="cpu"))
+    compute = Compute.from_flags(replace(FramePackComputeFlags(), attn_mode=mode, device="cpu"))
     assert compute.execution.attention == AttentionOptions(backend=backend)
     assert compute.recorded()["attn_mode"] == backend and compute.recorded()["compile"] is False

@@ -23,7 +23,7 @@ from generation.batch import read_batch
 from generation.outputs import load_latents
 from generation.settings import Provenance
 from options.errors import UserError
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.request import GenerationRequest
 
 NAMES = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
@@ -395,7 +395,7 @@ def requests(tmp_path: Path, *lines: str, **flags: object) -> list:
     """The jobs of a file, checked against real images."""
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
-    base = RequestFlags(prompt="base", video_size=(64, 128), one_frame_inference="default", seed=9, **flags)
+    base = FramePackRequestFlags(prompt="base", video_size=(64, 128), one_frame_inference="default", seed=9, **flags)
     return [line.job for line in read_batch(str(file), base, lambda path: (1, 1))]
 
 

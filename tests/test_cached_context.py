@@ -10,9 +10,8 @@ from frame_pack.cached_context import clip_contexts, from_batch, to_cache
 from frame_pack.conditioning import FramePackConditioning, TextStates
 from frame_pack.context import CleanFrames, PackedContext, one_frame_context
 from frame_pack.sampling import generate_latents
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.one_frame import OneFrameOptions
-from options.request import resolve_request
 
 HEIGHT, WIDTH = 2, 4
 FEATURES = torch.arange(729 * 8.0).reshape(729, 8) / 729
@@ -119,11 +118,11 @@ def test_cached_sections_are_shown_what_a_perfect_generation_would_show(f1: bool
     window, num_sections = 2, 5
     latents = torch.randn(1, 16, 1 + window * num_sections, HEIGHT, WIDTH)
     sections = [*latents[:, :, 1:].split(window, dim=2)]
-    flags = RequestFlags(
+    flags = FramePackRequestFlags(
         prompt="", image_path="a.png", video_size=(8 * HEIGHT, 8 * WIDTH), latent_window_size=window, f1=f1,
         video_sections=num_sections, infer_steps=3, seed=1,
     )  # fmt: skip
-    request = resolve_request(flags, image_size=lambda path: (8 * WIDTH, 8 * HEIGHT))
+    request = flags.resolve(image_size=lambda path: (8 * WIDTH, 8 * HEIGHT))
     text = TextStates(llama=torch.zeros(1, 8), pooled=torch.zeros(8))
     cond = FramePackConditioning(
         texts={0: text}, negative=None, siglip={0: FEATURES}, starts={0: latents[:, :, :1]}, end=None, controls=(),

@@ -24,8 +24,9 @@ from modules.execution import Execution
 from networks.network import Network
 from options.errors import UserError
 from options.flags_compile import CACHE_SIZE_LIMIT, CompileChoice
-from options.flags_fpack_generate import FramePackGenerateFlags, check_speed
+from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags
+from options.generate_checks import check_speed
 from options.one_frame import OneFrameOptions
 from tests.training_builders import (
     EPOCH,

@@ -217,7 +217,7 @@ def test_every_option_of_training_can_be_written_and_read_back(tmp_path):
     argv: list[str] = []
     written = []
     for option in options_of(FramePackTrainFlags):
-        if not option.is_later and not option.metadata.get("secret") and option.group != "config":
+        if not option.is_refused and not option.metadata.get("secret") and option.group != "config":
             argv += [f"--{option.name}", *example(option)]
             written.append(option.name)
     flags = parse(FramePackTrainFlags, description="", argv=argv)

@@ -29,9 +29,8 @@ from modules.checkpointing import Checkpointing
 from modules.plan import Flops, training_flops
 from modules.rope import Rope
 from networks.lora_framepack import create_network
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.one_frame import OneFrameOptions
-from options.request import resolve_request
 from tests.live_bytes import LiveBytes, use_fused_kernels
 
 SMALL = FramePackConfig(
@@ -97,7 +96,7 @@ def test_tokens_are_those_that_the_model_makes() -> None:
 
 def request_of(**flags: object):
     given = {"prompt": "猫", "video_size": (640, 640)} | flags
-    return resolve_request(RequestFlags(**given), image_size=lambda path: (640, 640))
+    return FramePackRequestFlags(**given).resolve(image_size=lambda path: (640, 640))
 
 
 @pytest.mark.parametrize(

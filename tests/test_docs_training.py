@@ -13,12 +13,11 @@ from networks.arguments import DEFAULT_DIM
 from options.flags_fpack_cache import FramePackCacheLatentsFlags, FramePackCacheTextsFlags
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags, check_framepack_train
-from options.flags_generate import RequestFlags
 from options.flags_optimizer import SCHEDULERS
 from options.flags_timesteps import TimestepFlags, settings_read
+from options.fpack_request import FramePackRequestFlags
 from options.geometry import sections_from_seconds
-from options.request import resolve_request
-from options.sample_prompts import SAMPLE_OPTIONS, sample_prompts
+from options.sample_prompts import sample_prompts
 
 ROOT = Path(__file__).parent.parent
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md")}
@@ -32,6 +31,8 @@ SCRIPTS = {
 }
 OPTIONS = {name: {n: o for o in options_of(flags) for n in o.names} for name, flags in SCRIPTS.items()}
 TRAINING = OPTIONS["fpack_train_network.py"]
+
+SAMPLE_OPTIONS = FramePackRequestFlags.sample_options
 
 
 def commands(name: str) -> list[list[str]]:
@@ -143,7 +144,7 @@ def test_the_table_of_sample_prompts_has_every_letter_with_its_key_and_default()
     assert {letter: key for letter, (key, _) in found.items()} | {"cn": "control_video_path"} == {
         letter: option.key for letter, option in SAMPLE_OPTIONS.items()
     }
-    left_out = RequestFlags()
+    left_out = FramePackRequestFlags()
     (size,) = set(left_out.video_size)
     numbers = {"w": size, "h": size, "s": left_out.infer_steps}
     numbers |= {"g": left_out.embedded_cfg_scale, "l": left_out.guidance_scale}
@@ -155,9 +156,9 @@ def test_the_prompts_of_the_guide_can_be_sampled(tmp_path: Path) -> None:
     (prompts,) = (block for kind, block in FENCED.findall(TEXT) if kind == "text")
     path = tmp_path / "サンプル.txt"
     path.write_text(prompts, encoding="utf-8")
-    frame = RequestFlags(one_frame_inference="default", video_seconds=1 / 30)
-    prompts = sample_prompts(str(path))
-    requests = [resolve_request(prompt.over(frame), image_size=lambda path: (1, 1)) for prompt in prompts]
+    frame = FramePackRequestFlags(one_frame_inference="default", video_seconds=1 / 30)
+    prompts = sample_prompts(str(path), SAMPLE_OPTIONS)
+    requests = [prompt.over(frame).resolve(image_size=lambda path: (1, 1)) for prompt in prompts]
     assert [request.num_sections for request in requests] == [1, 1, 2]
     assert [request.one_frame is None for request in requests] == [False, False, True]
     kisekaeichi = requests[0].one_frame

@@ -14,6 +14,8 @@ from demo.models import ModelPaths
 from frame_pack.config import FAMILY
 from generation.outputs import load_latents, read_settings
 from generation.settings import recorded
+from options.flags_fpack_generate import FramePackComputeFlags
+from options.fpack_request import FramePackRequest
 from tests.cache_builders import image_set
 from tests.training_driver import NAME, Workshop, final_file, finite, metadata, train, trained, ups, write_workshop
 
@@ -61,7 +63,8 @@ def test_a_result_in_fp8_says_so_and_is_repeated_so(demo_models, asked, material
     older = json.loads(settings)
     for name in ("fp8", "fp8_scaled", "fp8_llm"):
         del older["compute"][name]
-    record = recorded(json.dumps(older), first, material.chelsea.parent, family=FAMILY)
+    types = {"request_type": FramePackRequest, "compute_type": FramePackComputeFlags}
+    record = recorded(json.dumps(older), first, material.chelsea.parent, family=FAMILY, **types)
     assert record.compute["fp8_scaled"] is False
 
 

@@ -25,8 +25,7 @@ from frame_pack.pipeline import Compute, FramePackPipeline
 from frame_pack.sampling import generate_latents
 from hunyuan_model.vae import load_vae, open_vae
 from options.flags_fpack_generate import FramePackModelFlags
-from options.flags_generate import RequestFlags
-from options.request import resolve_request
+from options.fpack_request import FramePackRequestFlags
 
 SCALE = 0.476986
 WIDTH, HEIGHT = 80, 64
@@ -266,11 +265,11 @@ def test_generation_shows_the_transformer_what_the_cache_holds(vae, siglip, demo
     """The same pictures and options through the generating pipeline, up to the transformer."""
     text = "control_index=10;0,target_index=1,no_4x"
     files = (material.coffee_with_alpha, material.chelsea)
-    flags = RequestFlags(
+    flags = FramePackRequestFlags(
         prompt="a cat", image_path=str(files[0]), control_image_path=tuple(map(str, files)), one_frame_inference=text,
         video_size=(HEIGHT, WIDTH), latent_window_size=5, infer_steps=1, seed=1,
     )  # fmt: skip
-    request = resolve_request(flags, image_size=lambda path: (WIDTH, HEIGHT))
+    request = flags.resolve(image_size=lambda path: (WIDTH, HEIGHT))
     models = FramePackModelFlags(**{name: str(path) for name, path in vars(demo_models).items()})
     compute = Compute(device=torch.device("cpu"), transformer_dtype=torch.float32, encoder_dtype=torch.float32)
     with FramePackPipeline(open_models(models), compute).encoder() as encode:

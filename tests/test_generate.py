@@ -24,8 +24,7 @@ from generation.pipeline import Failure
 from modules.flow_matching import denoised, resolution_mu, shifted_sigmas
 from modules.samplers import unipc
 from options.flags_fpack_generate import FramePackGenerateFlags
-from options.flags_generate import RequestFlags
-from options.request import resolve_request
+from options.fpack_request import FramePackRequestFlags
 
 PHOTOS = Path(data_dir)
 SIZE = 64
@@ -216,7 +215,7 @@ def test_every_input_of_one_frame_inference_changes_the_picture(models, cat, tmp
     half[:, SIZE // 2 :] = 0
     Image.fromarray(white).save(tmp_path / "white.png")
     Image.fromarray(half).save(tmp_path / "half.png")
-    base = RequestFlags(
+    base = FramePackRequestFlags(
         prompt="a cat",
         image_path=cat,
         control_image_path=(cat, COFFEE),
@@ -253,7 +252,7 @@ def test_every_input_of_a_video_changes_the_video(models, cat, tmp_path):
     half = np.full((SIZE, SIZE), 255, dtype=np.uint8)
     half[:, SIZE // 2 :] = 0
     Image.fromarray(half).save(tmp_path / "half.png")
-    base = RequestFlags(
+    base = FramePackRequestFlags(
         prompt="a cat",
         image_path=cat,
         video_size=(SIZE, SIZE),
@@ -278,13 +277,11 @@ def test_every_input_of_a_video_changes_the_video(models, cat, tmp_path):
     assert_every_variant_differs(models, base, variants)
 
 
-def assert_every_variant_differs(models: list[str], base: RequestFlags, variants: dict[str, dict]) -> None:
+def assert_every_variant_differs(models: list[str], base: FramePackRequestFlags, variants: dict[str, dict]) -> None:
     """Only "nothing" may give the same latents as the base, and the same twice."""
     flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "unused"])
     pipeline = FramePackPipeline(open_models(flags.models), Compute.from_flags(flags.compute))
-    requests = [
-        resolve_request(replace(base, **changes), image_size=lambda path: (1, 1)) for changes in variants.values()
-    ]
+    requests = [replace(base, **changes).resolve(image_size=lambda path: (1, 1)) for changes in variants.values()]
     with pipeline.encoder() as encode:
         conditionings = list(encode(requests))
     with pipeline.denoiser() as denoise:
@@ -364,7 +361,9 @@ def test_one_encoder_is_resident_at_a_time(models, cat, tmp_path, monkeypatch):
         monkeypatch.setattr(target, load)
     flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "unused"])
     pipeline = FramePackPipeline(open_models(flags.models), Compute.from_flags(flags.compute))
-    request = resolve_request(RequestFlags(prompt="a", image_path=cat, video_size=(SIZE, SIZE)), image_size=len)
+    request = FramePackRequestFlags.resolve(
+        FramePackRequestFlags(prompt="a", image_path=cat, video_size=(SIZE, SIZE)), image_size=len
+    )
     with pipeline.encoder() as encode:
         list(encode([request]))
     assert beside == {"load_llama": [], "load_clip": [], "load_siglip": []}
@@ -385,9 +384,9 @@ def test_equal_inputs_are_encoded_once_and_one_failure_leaves_the_others(models,
     broken.write_bytes(b"no picture")
     flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "unused"])
     pipeline = FramePackPipeline(open_models(flags.models), Compute.from_flags(flags.compute))
-    base = RequestFlags(prompt="a cat", image_path=cat, one_frame_inference="default", video_size=(SIZE, SIZE))
+    base = FramePackRequestFlags(prompt="a cat", image_path=cat, one_frame_inference="default", video_size=(SIZE, SIZE))
     changes = ({"seed": 1}, {"seed": 2}, {"image_path": str(broken)})
-    requests = [resolve_request(replace(base, **change), image_size=lambda path: (1, 1)) for change in changes]
+    requests = [replace(base, **change).resolve(image_size=lambda path: (1, 1)) for change in changes]
     with pipeline.encoder() as encode:
         first, second, third = encode(requests)
     assert encoded == ["encode_llama", "encode_image"]

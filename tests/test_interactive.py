@@ -16,7 +16,8 @@ from skimage import data_dir
 from generation import interactive
 from generation.interactive import console_reader, interact
 from options.errors import UserError
-from options.prompt_line import GENERATION_OPTIONS
+from options.fpack_request import FramePackRequestFlags
+from options.line_options import options_help
 
 CAT = str(Path(data_dir) / "chelsea.png")
 NAMES = ("dit", "vae", "text_encoder1", "text_encoder2", "image_encoder")
@@ -24,6 +25,9 @@ DEADLINE = 120
 """Seconds until a session fails its test."""
 PROMPT = r">( |\x08|\x1b)"
 """prompt_toolkit, where it is installed, moves the cursor instead of writing the space."""
+
+GENERATION_OPTIONS = FramePackRequestFlags.line_options
+HELP = options_help(GENERATION_OPTIONS)
 
 
 def session(*events: str | BaseException, fails: dict[str, BaseException] | None = None) -> list[str]:
@@ -41,7 +45,7 @@ def session(*events: str | BaseException, fails: dict[str, BaseException] | None
         if fails and line in fails:
             raise fails[line]
 
-    interact(generate, read)
+    interact(generate, read, help=HELP)
     assert next(typed, None) is None, "the session ended before the input did"
     return generated
 
@@ -114,7 +118,7 @@ def test_bytes_that_are_no_text_spoil_only_their_own_line(monkeypatch, capsys):
     lines = "猫\n".encode() + b"\xff\xfe\n" + "犬".encode()
     monkeypatch.setattr(interactive.sys, "stdin", SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(lines)))
     generated = []
-    interact(generated.append, console_reader())
+    interact(generated.append, console_reader(), help=HELP)
     assert generated == ["猫", "犬"]
     assert "no text" in capsys.readouterr().err
 

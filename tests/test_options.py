@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from options.errors import UserError
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.geometry import bucket_near, check_size, sections_from_seconds
 from options.one_frame import OneFrameOptions
-from options.request import GenerationRequest, remarks, resolve_request
+from options.request import GenerationRequest
 from options.sections import check_sections, lookup, parse_sections
 
 KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
@@ -16,8 +16,8 @@ KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
 
 def request(**changes) -> GenerationRequest:
     """A request from flags; the one control image that is asked for its size is 1000×800."""
-    flags = replace(RequestFlags(prompt="a cat", image_path="cat.png"), **changes)
-    return resolve_request(flags, image_size=lambda path: (1000, 800))
+    flags = replace(FramePackRequestFlags(prompt="a cat", image_path="cat.png"), **changes)
+    return flags.resolve(image_size=lambda path: (1000, 800))
 
 
 # One-frame options
@@ -267,9 +267,9 @@ def test_values_that_cannot_work_are_refused_at_the_door(changes, message):
     ],
 )
 def test_options_without_effect_are_mentioned(changes, message):
-    assert any(message in remark for remark in remarks(request(**changes)))
+    assert any(message in remark for remark in request(**changes).remarks())
 
 
 def test_a_usual_request_is_not_remarked_upon():
-    assert remarks(request()) == []
-    assert remarks(request(one_frame_inference=KISEKAEICHI, control_image_path=("a", "b"))) == []
+    assert request().remarks() == []
+    assert request(one_frame_inference=KISEKAEICHI, control_image_path=("a", "b")).remarks() == []

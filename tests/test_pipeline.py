@@ -10,8 +10,8 @@ import torch
 from common.residency import Resident
 from frame_pack.conditioning import FramePackConditioning, TextStates
 from frame_pack.sampling import generate_latents
-from options.flags_generate import RequestFlags
-from options.request import GenerationRequest, resolve_request
+from options.fpack_request import FramePackRequestFlags
+from options.request import GenerationRequest
 
 SIZE = 32
 LATENT = SIZE // 8
@@ -42,10 +42,10 @@ class RecordingTransformer:
 
 
 def request(**changes) -> GenerationRequest:
-    flags = RequestFlags(
+    flags = FramePackRequestFlags(
         prompt="a cat", image_path="a.png", video_size=(SIZE, SIZE), latent_window_size=N, infer_steps=4, seed=5
     )
-    return resolve_request(replace(flags, **changes), image_size=lambda path: (SIZE, SIZE))
+    return replace(flags, **changes).resolve(image_size=lambda path: (SIZE, SIZE))
 
 
 def text(value: float) -> TextStates:

@@ -19,9 +19,8 @@ from frame_pack.training_plan import TrainedBatch, TrainedNumbers, TrainingPlan,
 from hunyuan_model.memory import VaeWork, decode_bytes, llama_weights
 from modules.block_swap import SwapOptions
 from modules.plan import Change, Stage, find_fit, shown_bytes, shown_flops
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
 from options.memory_size import MemorySize
-from options.request import resolve_request
 from options.swap_count import SwapCount
 from tests.published import published_models, published_shapes, published_transformer, published_vae
 from tests.training_driver import write_workshop
@@ -137,7 +136,7 @@ def plan_of(transformers: EmptyTransformers, *, swap: SwapWish = NEVER, options=
     given = {"prompt": "猫", "video_size": (640, 640), "one_frame_inference": "no_2x,no_4x,no_post"} | flags
     return GenerationPlan(
         files=published_models(),
-        request=resolve_request(RequestFlags(**given), image_size=lambda path: (640, 640)),
+        request=FramePackRequestFlags(**given).resolve(image_size=lambda path: (640, 640)),
         tokens=C0,
         prompt=PromptLength(num_rows=100, num_prefix=95),
         types=PlannedTypes(transformer=torch.bfloat16, encoders=torch.float16),
@@ -358,8 +357,10 @@ def test_figures_of_steps_in_the_guide_are_computed() -> None:
     for what, size, *wanted in found:
         options = re.search(r"`(.*)`", what)
         side = int(size.split("x")[0])
-        flags = RequestFlags(prompt="猫", video_size=(side, side), one_frame_inference=options[1] if options else None)
-        request = resolve_request(flags, image_size=lambda path: (640, 640))
+        flags = FramePackRequestFlags(
+            prompt="猫", video_size=(side, side), one_frame_inference=options[1] if options else None
+        )
+        request = flags.resolve(image_size=lambda path: (640, 640))
         tokens = Tokens.of(context_of(request), num_text=100)
         flops = step_flops(config, tokens)
         memory = prepared_bytes(config, tokens, work) + step_bytes(config, tokens, work)

@@ -6,18 +6,20 @@ from dataclasses import replace
 import pytest
 
 from options.errors import UserError
-from options.flags_generate import RequestFlags
+from options.fpack_request import FramePackRequestFlags
+from options.line_options import options_help
 from options.one_frame import KNOWN, OneFrameOptions
-from options.prompt_line import GENERATION_OPTIONS, PromptLine, numbered_lines, options_help
-from options.request import resolve_request
+from options.prompt_line import PromptLine, numbered_lines
 from options.sections import parse_sections
 from options.sweep import Sweep, sweep_points
 
-BASE = RequestFlags(prompt="base", video_size=(256, 320), seed=9, control_image_path=("base.png",))
+BASE = FramePackRequestFlags(prompt="base", video_size=(256, 320), seed=9, control_image_path=("base.png",))
+
+GENERATION_OPTIONS = FramePackRequestFlags.line_options
 
 
-def over(line: str, base: RequestFlags = BASE) -> RequestFlags:
-    return PromptLine.parse(line, "line 1").over(base)
+def over(line: str, base: FramePackRequestFlags = BASE) -> FramePackRequestFlags:
+    return PromptLine.parse(line, "line 1", GENERATION_OPTIONS).over(base)
 
 
 # Prompt lines
@@ -111,7 +113,7 @@ def test_seconds_in_a_line_count_against_sections_of_the_command_line():
 )
 def test_wrong_lines_are_errors_that_name_the_line(line, message):
     with pytest.raises(UserError) as error:
-        PromptLine.parse(line, "line 1")
+        PromptLine.parse(line, "line 1", GENERATION_OPTIONS)
     assert message in str(error.value)
 
 
@@ -120,7 +122,7 @@ def test_comments_and_blank_lines_keep_the_numbers_of_the_others():
 
 
 def test_help_lists_every_inline_option():
-    assert all(f"--{name} " in options_help() for name in GENERATION_OPTIONS)
+    assert all(f"--{name} " in options_help(GENERATION_OPTIONS) for name in GENERATION_OPTIONS)
 
 
 # Sweeps
@@ -142,7 +144,7 @@ def test_sweep_values(text, values):
     assert Sweep.parse(text).values == values
 
 
-def labels_and(flags: RequestFlags, field: str, *sweeps: str) -> list[tuple[str, object]]:
+def labels_and(flags: FramePackRequestFlags, field: str, *sweeps: str) -> list[tuple[str, object]]:
     points = sweep_points(flags, [Sweep.parse(text) for text in sweeps])
     return [(point.label, getattr(point.flags, field)) for point in points]
 
@@ -221,7 +223,7 @@ def test_whatever_is_typed_is_understood_or_refused_in_one_line(seed):
     source = random.Random(seed)
 
     def resolve(line: str) -> None:
-        resolve_request(over(line), image_size=lambda path: (100, 100))
+        over(line).resolve(image_size=lambda path: (100, 100))
 
     attempts = (
         resolve,

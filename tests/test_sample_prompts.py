@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from options.errors import UserError
-from options.flags_generate import RequestFlags
-from options.request import resolve_request
-from options.sample_prompts import KEYS, SAMPLE_OPTIONS, each, sample_prompts
+from options.fpack_request import FramePackRequestFlags
+from options.sample_prompts import each, sample_prompts
 from training.sampling import sample_jobs
 
-DEFAULTS = RequestFlags()
-ONE_FRAME = RequestFlags(one_frame_inference="default")
+SAMPLE_OPTIONS = FramePackRequestFlags.sample_options
+KEYS = [option.key for option in SAMPLE_OPTIONS.values()]
+DEFAULTS = FramePackRequestFlags()
+ONE_FRAME = FramePackRequestFlags(one_frame_inference="default")
 
 
 def prompt_file(folder: Path, text: str, suffix: str = ".txt") -> str:
@@ -24,21 +25,23 @@ def prompt_file(folder: Path, text: str, suffix: str = ".txt") -> str:
     return str(path)
 
 
-def read(path: str, defaults: RequestFlags = DEFAULTS) -> list[RequestFlags]:
+def read(path: str, defaults: FramePackRequestFlags = DEFAULTS) -> list[FramePackRequestFlags]:
     """The prompts of a file over what a command line says."""
-    return each(sample_prompts(path), lambda prompt: prompt.over(defaults))
+    return each(sample_prompts(path, SAMPLE_OPTIONS), lambda prompt: prompt.over(defaults))
 
 
-def flags_of(folder: Path, text: str, suffix: str = ".txt", defaults: RequestFlags = DEFAULTS) -> RequestFlags:
+def flags_of(
+    folder: Path, text: str, suffix: str = ".txt", defaults: FramePackRequestFlags = DEFAULTS
+) -> FramePackRequestFlags:
     (flags,) = read(prompt_file(folder, text, suffix), defaults)
     return flags
 
 
-def of_table(folder: Path, table: object, defaults: RequestFlags = DEFAULTS) -> RequestFlags:
+def of_table(folder: Path, table: object, defaults: FramePackRequestFlags = DEFAULTS) -> FramePackRequestFlags:
     return flags_of(folder, json.dumps([table]), ".json", defaults)
 
 
-def complaints(folder: Path, text: str, suffix: str = ".txt", defaults: RequestFlags = DEFAULTS) -> list[str]:
+def complaints(folder: Path, text: str, suffix: str = ".txt", defaults: FramePackRequestFlags = DEFAULTS) -> list[str]:
     """What reading and checking complain about, line by line."""
     with pytest.raises(UserError) as error:
         sample_jobs(prompt_file(folder, text, suffix), defaults, seed=1)
@@ -82,7 +85,7 @@ def test_every_letter_is_covered_by_the_table_above():
 def test_frames_give_as_many_sections_as_generation_makes_of_as_many_seconds(tmp_path, frames, sections):
     """Source: round(seconds · 30 / (4 · window)), at least one."""
     flags = flags_of(tmp_path, f"a --f {frames}")
-    assert resolve_request(flags, image_size=None).num_sections == sections
+    assert flags.resolve(image_size=None).num_sections == sections
     assert of_table(tmp_path, {"prompt": "a", "frame_count": frames}) == flags
 
 
@@ -134,8 +137,11 @@ def test_documented_lines_are_understood(tmp_path):
 def test_comments_also_behind_spaces_and_blank_lines_are_no_prompts(tmp_path):
     path = prompt_file(tmp_path, "# one\n\n  # two\n  猫 --d 3  \n\u3000\nb #1\r\n")
     assert [flags.prompt for flags in read(path)] == ["猫", "b #1"]
-    assert [prompt.where for prompt in sample_prompts(path)] == ["例 prompts.txt line 4", "例 prompts.txt line 6"]
-    assert [prompt.number for prompt in sample_prompts(path)] == [0, 1]
+    assert [prompt.where for prompt in sample_prompts(path, SAMPLE_OPTIONS)] == [
+        "例 prompts.txt line 4",
+        "例 prompts.txt line 6",
+    ]
+    assert [prompt.number for prompt in sample_prompts(path, SAMPLE_OPTIONS)] == [0, 1]
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])

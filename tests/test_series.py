@@ -22,10 +22,10 @@ from frame_pack import conditioning
 from generation import runner
 from generation.outputs import SETTINGS_KEY, read_settings
 from generation.preview import Preview
-from generation.settings import Provenance, content_hash, recorded, request_from_json, request_to_json
+from generation.settings import Provenance, content_hash, recorded
 from options.errors import UserError
-from options.flags_generate import RequestFlags
-from options.request import GenerationRequest, resolve_request
+from options.flags_fpack_generate import FramePackComputeFlags
+from options.fpack_request import FramePackRequest, FramePackRequestFlags
 
 SIZE = 64
 PHOTOS = Path(data_dir)
@@ -52,6 +52,9 @@ def run(demo_models):
         return fpack_generate_video.main([*models, *map(str, argv)])
 
     return run
+
+
+TYPES = {"request_type": FramePackRequest, "compute_type": FramePackComputeFlags}
 
 
 def quick(inputs: Path, *, video: bool = False) -> list[str]:
@@ -314,12 +317,12 @@ def test_the_interactive_loop_checks_its_own_command_line(run, tmp_path, capsys)
 def test_settings_of_another_program_are_refused(tmp_path):
     for text in ("no json", "[]", "{}", json.dumps({"format": 1, "family": "wan"}), json.dumps({"format": 99})):
         with pytest.raises(UserError, match="settings of a framepack result"):
-            recorded(text, tmp_path / "a.png", None, family="framepack")
+            recorded(text, tmp_path / "a.png", None, family="framepack", **TYPES)
 
 
-def request(**changes) -> GenerationRequest:
-    flags = replace(RequestFlags(prompt="a", seed=3), **changes)
-    return resolve_request(flags, image_size=lambda path: (1, 1))
+def request(**changes) -> FramePackRequest:
+    flags = replace(FramePackRequestFlags(prompt="a", seed=3), **changes)
+    return flags.resolve(image_size=lambda path: (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -340,9 +343,9 @@ def request(**changes) -> GenerationRequest:
 )
 def test_every_field_of_a_request_survives_the_way_through_json(changes):
     original = request(**changes)
-    data = json.loads(json.dumps(request_to_json(original, refer=lambda path: f"#{path}")))
-    assert request_from_json(data, find=lambda key: key.removeprefix("#")) == original
-    assert set(data) == {field.name for field in fields(GenerationRequest)}
+    data = json.loads(json.dumps(original.to_json(refer=lambda path: f"#{path}")))
+    assert FramePackRequest.from_json(data, find=lambda key: key.removeprefix("#")) == original
+    assert set(data) == {field.name for field in fields(FramePackRequest)}
 
 
 def test_equal_requests_give_equal_texts():

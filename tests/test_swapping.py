@@ -24,8 +24,7 @@ from modules.checkpointing import Checkpointing
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags
-from options.flags_generate import RequestFlags
-from options.request import resolve_request
+from options.fpack_request import FramePackRequestFlags
 from options.swap_count import SwapCount
 from tests.training_driver import NAME, Workshop, metadata, repeatable, train, trained, ups, write_workshop
 
@@ -195,8 +194,10 @@ def test_generated_latents_are_the_same_to_the_last_bit(models, material, tmp_pa
 def test_a_swapped_transformer_that_a_trainer_lends_makes_the_same_samples(models, material) -> None:
     flags = parse(FramePackGenerateFlags, description="", argv=[*models, "--save_path", "nowhere"])
     checkpoints, compute = loading.open_models(flags.models), Compute.from_flags(flags.compute)
-    asked = RequestFlags(prompt="窓辺の猫", video_size=(64, 64), infer_steps=2, seed=5, one_frame_inference="default")
-    request = resolve_request(
+    asked = FramePackRequestFlags(
+        prompt="窓辺の猫", video_size=(64, 64), infer_steps=2, seed=5, one_frame_inference="default"
+    )
+    request = FramePackRequestFlags.resolve(
         replace(asked, image_path=str(material.chelsea)), image_size=lambda path: pytest.fail("it was asked for")
     )
     found = []

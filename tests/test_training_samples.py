@@ -27,8 +27,8 @@ from generation.settings import Provenance
 from networks import lora_framepack
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
-from options.flags_generate import RequestFlags
 from options.flags_train import SampleFlags
+from options.fpack_request import FramePackRequestFlags
 from training.sample_sheets import MAX_CELLS, earlier_samples, thinned
 from training.sampling import Samples, sample_due, sample_jobs
 from training.tracking import Trackers
@@ -44,7 +44,7 @@ def samples_of(architecture, folder: Path, prompts: str, *, processes=None, trac
     path.write_text(prompts, encoding="utf-8")
     samples = Samples(
         architecture,
-        sample_jobs(str(path), defaults or RequestFlags(), seed=1),
+        sample_jobs(str(path), defaults or FramePackRequestFlags(), seed=1),
         folder=folder / "sample",
         name=NAME,
         dtype=torch.float32,
@@ -155,7 +155,7 @@ def test_a_one_frame_sample_is_generations_picture(models, trained, material, tm
 
 def test_a_video_sample_has_generations_latents(models, trained, material, tmp_path, encoded_videos):
     architecture, transformer, lora = trained
-    defaults = RequestFlags(latent_window_size=2)
+    defaults = FramePackRequestFlags(latent_window_size=2)
     prompt = f"a cat --i {material.chelsea} --f 16 --l 1.5 --n blurry --fs 3 {SMALL}"
     samples = samples_of(architecture, tmp_path, prompt, defaults=defaults)
     samples.make(transformer, step=7, epoch=2, session=1)
@@ -307,7 +307,7 @@ def test_a_prompt_that_cannot_be_encoded_is_logged_and_left_out(tmp_path, caplog
 def test_an_image_that_vanished_is_logged(tmp_path, caplog, material):
     image = shutil.copy(material.coffee, tmp_path / "猫.png")
     (tmp_path / "prompts.txt").write_text(f"a --i {image} {PICTURE}", encoding="utf-8")
-    jobs = sample_jobs(str(tmp_path / "prompts.txt"), RequestFlags(), seed=1)
+    jobs = sample_jobs(str(tmp_path / "prompts.txt"), FramePackRequestFlags(), seed=1)
     Path(image).unlink()
     settings = {"folder": tmp_path, "name": NAME, "dtype": torch.float32, "device": CPU, "processes": Processes()}
     with caplog.at_level(logging.ERROR):

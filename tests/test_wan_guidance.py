@@ -13,27 +13,27 @@ def given(*argv: str) -> WanGuidanceFlags:
 
 
 def test_without_flags_every_step_has_plain_guidance():
-    assert given().resolve() == GuidanceOptions()
-    assert list(given().hints()) == []
+    assert given().guidance_options() == GuidanceOptions()
+    assert list(given().guidance_hints()) == []
 
 
 def test_flags_become_options():
     skip = ("--cfg_skip_mode", "early_late", "--cfg_apply_ratio", "0.6")
     flags = given(*skip, "--slg_layers", " 10, 9 ,9", "--slg_mode", "original", "--slg_end", "0.5", "--slg_scale", "2")
     layers = SkipLayers(blocks=(9, 10), mode="original", scale=2.0, start=0.0, end=0.5)
-    assert flags.resolve() == GuidanceOptions(cfg_skip_mode="early_late", cfg_apply_ratio=0.6, skip_layers=layers)
-    assert list(flags.hints()) == []
+    assert flags.guidance_options() == GuidanceOptions(cfg_skip_mode="early_late", cfg_apply_ratio=0.6, skip_layers=layers)
+    assert list(flags.guidance_hints()) == []
 
 
 def test_skip_layer_defaults_are_the_incumbents():
-    layers = given("--slg_layers", "9", "--slg_mode", "uncond").resolve().skip_layers
+    layers = given("--slg_layers", "9", "--slg_mode", "uncond").guidance_options().skip_layers
     assert (layers.scale, layers.start, layers.end) == (3.0, 0.0, 0.3)
 
 
 @pytest.mark.parametrize("argv", [("--slg_mode", "original"), ("--slg_layers", "9")])
 def test_layers_and_mode_need_each_other(argv):
-    assert given(*argv).resolve().skip_layers is None
-    [hint] = given(*argv).hints()
+    assert given(*argv).guidance_options().skip_layers is None
+    [hint] = given(*argv).guidance_hints()
     assert hint.startswith(argv[0]) and "no effect" in hint
 
 
@@ -47,7 +47,7 @@ def test_layers_and_mode_need_each_other(argv):
     ],
 )
 def test_flags_without_effect_are_named(argv, hinted):
-    assert [hint.split()[0] for hint in given(*argv).hints()] == hinted
+    assert [hint.split()[0] for hint in given(*argv).guidance_hints()] == hinted
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_flags_without_effect_are_named(argv, hinted):
 def test_values_that_suit_no_run_are_refused_by_the_name_of_the_flag(argv, got):
     flag, value = argv[-2:]
     with pytest.raises(UserError, match=rf"^{flag}: got {got};"):
-        given(f"{flag}={value}", *argv[:-2]).resolve()
+        given(f"{flag}={value}", *argv[:-2]).guidance_options()
 
 
 def test_layers_are_checked_against_the_transformer():

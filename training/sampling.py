@@ -28,8 +28,6 @@ from generation.runner import Report, progress_bars
 from options.errors import UserError
 from options.flags_generate import RequestFlags
 from options.flags_train import SampleFlags
-from options.geometry import FRAMEPACK_FPS
-from options.request import remarks
 from options.sample_prompts import SamplePrompt, each, sample_prompts
 from training.random_state import random_state, restore_random_state
 from training.sample_sheets import TRAINING_KEY, SampleSheet, sample_name
@@ -64,21 +62,17 @@ def sample_jobs(path: str, defaults: RequestFlags, *, seed: int) -> tuple[Job, .
 
         return prompt.resolve(defaults, resolve)
 
-    prompts = sample_prompts(path)
+    prompts = sample_prompts(path, defaults.sample_options)
     jobs = tuple(each(prompts, job))
     for prompt, made in zip(prompts, jobs, strict=True):
-        for remark in (*remarks(made.request), *_about_length(prompt, made, defaults)):
+        own = prompt.over(defaults).remarks_on_samples(made.request, prompt.named("of"))
+        for remark in (*made.request.remarks(), *own):
             logger.warning("%s: %s", prompt.where, prompt.in_its_terms(remark))
     return jobs
 
 
 def _size(path: str) -> tuple[int, int]:
     return image_size(path, flag="--control_image_path")
-
-
-def _about_length(prompt: SamplePrompt, job: Job, defaults: RequestFlags) -> Iterator[str]:
-    if job.request.one_frame is None and prompt.over(defaults).video_seconds <= 1 / FRAMEPACK_FPS:
-        yield f"1 frame makes a whole section; for a picture add {prompt.named('of')} or --one_frame"
 
 
 def sample_due(flags: SampleFlags, *, step: int, epoch_end: int | None) -> bool:
@@ -194,7 +188,7 @@ class Samples:
                 with report.of(job):
                     if isinstance(conditioning, Failure):
                         raise conditioning.error
-                    sheet = SampleSheet(self._folder, self._name, number, title=job.request.prompts[0])
+                    sheet = SampleSheet(self._folder, self._name, number, title=job.request.title)
                     settings = json.loads(provenance.settings(job.request))
                     encoded.append(
                         _Encoded(number=number, job=job, conditioning=conditioning, settings=settings, sheet=sheet)

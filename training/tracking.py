@@ -109,7 +109,7 @@ def _rates(group: Mapping[str, object]) -> dict[str, float]:
 
 def loggable_config(flags: object) -> dict[str, bool | int | float | str]:
     """The options of a run for `--log_config`: nothing secret, and nothing about the disks of this machine."""
-    hidden = {option.name for option in options_of(type(flags)) if option.metadata.get("secret") or option.is_later}
+    hidden = {option.name for option in options_of(type(flags)) if option.metadata.get("secret") or option.is_refused}
     config = {}
     for name, value in values_of(flags):
         if name in hidden | PATHS or value is None or (isinstance(value, str) and os.path.isabs(value)):
