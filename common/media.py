@@ -89,16 +89,19 @@ def image_size(path: str | Path, *, flag: str) -> tuple[int, int]:
     return image_info(path, flag=flag).size
 
 
-def load_picture(path: str | Path, *, width: int, height: int, flag: str) -> Picture:
+def load_picture(path: str | Path, *, width: int, height: int, flag: str, crops: bool = True) -> Picture:
     """An image file, resized and cropped as `fit` does; its transparency gets the same and is never composited.
+
+    Args:
+        crops: False resizes it as `squeeze` does.
 
     Raises:
         UserError: as `open_image`.
     """
-    image = open_image(path, flag=flag)
+    image, resize = open_image(path, flag=flag), fit if crops else squeeze
     if not image.has_transparency_data:
-        return Picture(rgb=fit(np.asarray(image.convert("RGB")), width, height), alpha=None)
-    rgba = fit(np.asarray(image.convert("RGBA")), width, height)
+        return Picture(rgb=resize(np.asarray(image.convert("RGB")), width, height), alpha=None)
+    rgba = resize(np.asarray(image.convert("RGBA")), width, height)
     return Picture(rgb=np.ascontiguousarray(rgba[..., :3]), alpha=np.ascontiguousarray(rgba[..., 3]))
 
 
@@ -194,6 +197,13 @@ def fit(array: np.ndarray, width: int, height: int) -> np.ndarray:
     resized = _lanczos(array, new_width, new_height) if scale > 1 else _area(array, new_width, new_height)
     left, top = (new_width - width) // 2, (new_height - height) // 2
     return np.ascontiguousarray(resized[top : top + height, left : left + width])
+
+
+def squeeze(array: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Scales (H, W) or (H, W, C) uint8 to exactly this size, whatever its aspect ratio, by the methods of `fit`."""
+    if array.shape[:2] == (height, width):
+        return array
+    return np.ascontiguousarray((_lanczos if height > array.shape[0] else _area)(array, width, height))
 
 
 def _lanczos(array: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from frame_pack.costs import (
 from frame_pack.loading import FramePackCheckpoints, build_transformer
 from frame_pack.model import FramePackTransformer
 from frame_pack.swapping import SwapWish, most_blocks
-from hunyuan_model.memory import VaeWork, decode_bytes, encode_bytes, llama_weights, llama_work, whole_weights
+from hunyuan_model.memory import VaeWork, decode_bytes, encode_bytes, llama_weights, llama_work
 from hunyuan_model.text_encoders import prompt_tokens
 from modules.block_swap import SwapOptions, device_bytes
 from modules.fp8 import Fp8Linear

@@ -64,7 +64,12 @@ def readable(name: str) -> str:
 
 
 def content_hash(path: str | Path) -> str:
-    """sha256 of a file; remembered until the file changes."""
+    """sha256 of a file, remembered until the file changes; of a folder that of its files' names and contents."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return hashlib.sha256(
+            "".join(f"{readable(file.name)}\0{content_hash(file)}\n" for file in files).encode()
+        ).hexdigest()
     stat = Path(path).stat()
     return _content_hash(str(path), stat.st_mtime_ns, stat.st_size)
 
@@ -147,7 +152,7 @@ def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, sear
     candidates = [Path(inputs[digest].get("path", name)), file.parent / name]
     if search_dir is not None:
         candidates = [*sorted(found for found in search_dir.rglob("*") if found.name == name), *candidates]
-    existing = [candidate for candidate in candidates if os.path.isfile(candidate)]
+    existing = [candidate for candidate in candidates if os.path.exists(candidate)]
     for candidate in existing:
         if content_hash(candidate) == digest:
             return str(candidate)

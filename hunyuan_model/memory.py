@@ -8,12 +8,11 @@ Shapes: F pixel frames, H W pixels.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from common.weights import Checkpoint, TensorInfo
+from common.weights import Checkpoint
 from hunyuan_model.text_encoders import LLAMA_FP8_LAYERS, LLAMA_LAYERS_LEFT_OUT
-from modules.fp8 import BLOCK
+from modules.weight_sizes import weights_with_fp8
 from options.geometry import FRAMES_PER_LATENT
 
 COLOURS = 3
@@ -83,24 +82,9 @@ def _joined(work: VaeWork, num_frames: int, height: int, width: int) -> int:
 def llama_weights(checkpoint: Checkpoint, *, itemsize: int, fp8: bool) -> int:
     """Bytes of the layers that are loaded."""
     num_layers = checkpoint.count("layers.{}.self_attn.q_proj.weight")
-    unused = tuple(f"layers.{num_layers - 1 - i}." for i in range(LLAMA_LAYERS_LEFT_OUT))
-
-    def size(name: str, info: TensorInfo) -> int:
-        count = math.prod(info.shape)
-        if info.num_bytes == count:  # it is in fp8 in the file
-            return count
-        if fp8 and LLAMA_FP8_LAYERS.fullmatch(name.removesuffix(".weight")):
-            scale = 2 if info.dtype in ("BF16", "bfloat16") else 4
-            return count + scale * -(-count // BLOCK)
-        return count * itemsize
-
-    used = {name: info for name, info in checkpoint.tensors.items() if not name.startswith((*unused, "norm."))}
-    return sum(size(name, info) for name, info in used.items())
-
-
-def whole_weights(checkpoint: Checkpoint, *, itemsize: int) -> int:
-    """Bytes of a model whose numbers all become `itemsize` bytes wide."""
-    return sum(math.prod(info.shape) for info in checkpoint.tensors.values()) * itemsize
+    unused = (*(f"layers.{num_layers - 1 - i}." for i in range(LLAMA_LAYERS_LEFT_OUT)), "norm.")
+    used = checkpoint.rename(lambda name: None if name.startswith(unused) else name)
+    return weights_with_fp8(used, itemsize=itemsize, fp8_layers=LLAMA_FP8_LAYERS if fp8 else None)
 
 
 def llama_work(checkpoint: Checkpoint, num_tokens: int, *, itemsize: int, fp8: bool) -> int:

@@ -26,7 +26,7 @@ DOTTED_PREFIXES = {
     "module.": "dotted",
     "model.": "dotted",
 }
-TEXT_ENCODERS = re.compile(r"(lora_te|lycoris_te|text_encoder|text_model|clip_|te\d?[._]|t5)")
+TEXT_ENCODERS = re.compile(r"((lora|lycoris)_te\d*_|text_encoder|text_model|clip_|te\d?[._]|t5)")
 ADAPTER = r"(?:\.(?!(?:alpha|bias)$)[^.]+)?(?:\.weight)?"
 """What PEFT may put behind a factor's name: the adapter's name (`default`), `weight`, or both."""
 PARTS = tuple(
@@ -54,7 +54,6 @@ CHANGES_THE_RESULT = (
 )
 """Tensors without which the others would give something else than what was trained."""
 FOREIGN = (
-    (re.compile(r"blocks_\d+_(self_attn|cross_attn|ffn|attn1|attn2)_"), "Wan"),
     (re.compile(r"transformer_blocks_\d+_(img|txt)_(mlp|mod)"), "Qwen-Image"),
     (re.compile(r"transformer_blocks_\d+_attn[12]_"), "LTX-Video or CogVideoX"),
     (re.compile(r"joint_(transformer_)?blocks_\d+_"), "Stable Diffusion 3"),

@@ -27,6 +27,7 @@ from options.request_rules import (
 from options.sections import check_sections, parse_sections
 
 MAX_FRAMES = 1_000_000
+NO_CONTROL_VIDEO = "FramePack has no control videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class FramePackRequestFlags(RequestFlags):
         "f": sample_option("frame_count", "video_seconds", _seconds, "a number of frames"),
         "g": sample_option("guidance_scale", "embedded_cfg_scale", NUMBER, "distilled guidance"),
         "im": sample_option("image_mask_path", "image_mask_path", str, "the start image's mask"),
-        "cn": sample_option("control_video_path", None, str, "a control video (FramePack uses none)"),
+        "cn": sample_option("control_video_path", None, str, "a control video (Wan only)", refusal=NO_CONTROL_VIDEO),
     }
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 from options.errors import UserError
@@ -25,7 +26,12 @@ class SavingFlags(Protocol):
 def check_speed(flags: CompileFlags, *, swaps: bool) -> None:
     """Raises UserError for what cannot work, and logs what has no effect."""
     check_compile(flags, swaps=swaps)
-    for hint in flags.hints():
+    log_hints(flags.hints())
+
+
+def log_hints(hints: Iterable[str]) -> None:
+    """Advice about options that have no effect."""
+    for hint in hints:
         logger.warning(hint)
 
 

@@ -11,6 +11,8 @@ VAE_STRIDE = 8
 FRAMES_PER_LATENT = 4
 FRAMEPACK_FPS = 30
 """The rate that FramePack was trained at; seconds become sections by it, whatever rate the file gets."""
+WAN_FPS = 16
+"""The rate that Wan2.1 was trained at."""
 
 
 def check_size(height: int, width: int, where: str = "--video_size") -> None:

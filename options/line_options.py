@@ -13,13 +13,15 @@ class LineOption:
     """One inline option."""
 
     field: str | None
-    """The request flag that it overrides; None for options of later versions."""
+    """The request flag that it overrides; None for options that are known, and not there."""
     convert: Callable[[str], object]
     help: str
     repeats: bool = False
     """Whether repeated options make a list; otherwise the last one wins."""
     key: str | None = None
     """What it is called in TOML and JSON; None where there are only lines."""
+    refusal: str = "not available yet in this version"
+    """The answer to an option that overrides nothing."""
     has_effect: bool = True
     """False for what another family's files may say; it is read and left out."""
 
@@ -30,10 +32,10 @@ class LineOption:
             shown: the option as it was written, for messages.
 
         Raises:
-            UserError: no value, a malformed one, or an option of later versions.
+            UserError: no value, a malformed one, or an option that is not there.
         """
-        if self.field is None:
-            raise UserError(where, shown, "this option to be left out", "not available yet in this version")
+        if self.field is None and self.has_effect:
+            raise UserError(where, shown, "this option to be left out", self.refusal)
         if not text and self.field != "negative_prompt":
             raise UserError(where, f"{shown} without a value", self.help, f"give {shown} a value, or leave it out")
         try:
@@ -75,7 +77,7 @@ GENERATION_OPTIONS = {
 
 
 def sample_option(
-    key: str, field: str | None, convert: Callable[[str], object], help: str, **named: bool
+    key: str, field: str | None, convert: Callable[[str], object], help: str, **named: object
 ) -> LineOption:
     """An inline option of prompts for training samples."""
     return LineOption(field=field, convert=convert, help=help, key=key, **named)

@@ -241,6 +241,8 @@ def _problems(flags: WanRequestFlags) -> Iterator[UserError]:
     task, where = flags.task, f"{FLAG} {flags.task.name}"
     one_frame, is_control = flags.one_frame_inference is not None, task.kind == "fun_control"
     if one_frame:
+        if flags.trim_tail_frames:
+            yield UserError("--trim_tail_frames", flags.trim_tail_frames, "0 for one frame", "leave it out")
         if task.kind not in ("i2v", "flf2v"):
             remedy = f"use {FLAG} i2v-14B or flf2v-14B, and a transformer for it"
             yield UserError("--one_frame_inference", where, "an image-to-video task", remedy)
@@ -252,6 +254,7 @@ def _problems(flags: WanRequestFlags) -> Iterator[UserError]:
         remedy = "add --one_frame_inference target_index=1,control_index=0, say"
         yield from _raised(check_no_one_frame_flags, only_one_frame, remedy)
         yield from _raised(check_frames, task, flags.num_frames)
+        yield from _trim_problems(flags)
         if task.takes_image and flags.image_path is None:
             yield UserError("--image_path", "nothing", f"the start image of {where}", "give --image_path")
         if task.kind == "flf2v" and flags.end_image_path is None:
@@ -268,6 +271,14 @@ def _problems(flags: WanRequestFlags) -> Iterator[UserError]:
         got, expected = ("nothing", f"the control video of {where}") if is_control else (flags.control_path, "nothing")
         remedy = "give --control_path" if is_control else f"leave it out, or use a Fun-Control task ({FLAG} …-FC)"
         yield UserError("--control_path", got, expected, remedy)
+
+
+def _trim_problems(flags: WanRequestFlags) -> Iterator[UserError]:
+    """What is trimmed has to leave something."""
+    appends_end = flags.end_image_path is not None and flags.task.kind != "flf2v"
+    num_frames = flags.num_frames + (FRAMES_PER_LATENT if appends_end else 0)
+    if flags.trim_tail_frames >= num_frames:
+        yield UserError("--trim_tail_frames", flags.trim_tail_frames, f"less than {num_frames} frames", "use 0, say")
 
 
 def _raised(check: Callable[..., None], *args: object) -> Iterator[UserError]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from demo.material import Material
     from demo.models import ModelPaths
     from tests.training_driver import Workshop
+    from tests.wan_encoders import WanEncoders
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,14 @@ def demo_models(tmp_path_factory: pytest.TempPathFactory) -> "ModelPaths":
     from demo.models import build_models
 
     return build_models(tmp_path_factory.mktemp("demo") / "models")
+
+
+@pytest.fixture(scope="session")
+def wan_encoders(tmp_path_factory: pytest.TempPathFactory) -> "WanEncoders":
+    """Small encoders for Wan's caches. Not to be changed by a test."""
+    from tests.wan_encoders import write_encoders
+
+    return write_encoders(tmp_path_factory.mktemp("符号器"))
 
 
 @pytest.fixture(scope="session")

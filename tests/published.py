@@ -21,6 +21,30 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return json.loads((DATA / f"{name}_shapes.json").read_text(encoding="utf-8"))
 
 
+def published_wan(name: str) -> dict[str, list[int]]:
+    """`t2v_1.3B`, `t2v_14B`, `i2v_14B`, `flf2v_14B`, `fun_control_1.3B` or `fun_control_14B`."""
+    tables = published_shapes("wan_dit")
+    table = _fun_control(tables, name.removeprefix("fun_control_")) if "fun" in name else tables[name]
+    blocks = range(table["num_blocks"])
+    return {f"blocks.{i}.{leaf}": shape for i in blocks for leaf, shape in table["block"].items()} | table["others"]
+
+
+def _fun_control(tables: dict, size: str) -> dict:
+    """The model for text of that size, with what the one for pictures has more, and the channels of a video."""
+    text, image = tables[f"t2v_{size}"], tables["i2v_14B"]
+    width, its_width = (table["others"]["head.modulation"][2] for table in (text, image))
+    more = {
+        part: {
+            name: [width if number == its_width else number for number in shape]
+            for name, shape in image[part].items()
+            if name not in text[part]
+        }
+        for part in ("block", "others")
+    }
+    others = text["others"] | more["others"] | {"patch_embedding.weight": [width, 48, 1, 2, 2]}
+    return {"num_blocks": text["num_blocks"], "block": text["block"] | more["block"], "others": others}
+
+
 def published_transformer() -> Checkpoint:
     return described("--dit", published_shapes("framepack_dit"), "BF16")
 

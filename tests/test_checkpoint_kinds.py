@@ -42,6 +42,12 @@ def wan_vae() -> torch.nn.Module:
     return AutoencoderKLWan()
 
 
+def wan22_vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2)
+
+
 def image_vae() -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
@@ -87,7 +93,13 @@ def whole_siglip() -> torch.nn.Module:
 def umt5() -> torch.nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(UMT5Config(num_layers=1))
+    return UMT5EncoderModel(UMT5Config(num_layers=2))
+
+
+def t5() -> torch.nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(num_layers=2))
 
 
 @pytest.mark.parametrize(
@@ -95,17 +107,19 @@ def umt5() -> torch.nn.Module:
     [
         (framepack, "FramePack transformer"),
         (hunyuan, "HunyuanVideo transformer (diffusers layout)"),
-        (wan, "Wan transformer (diffusers layout)"),
+        (wan, "Wan transformer"),
         (hunyuan_vae, "HunyuanVideo VAE"),
-        (wan_vae, "Wan VAE (diffusers layout)"),
+        (wan_vae, "Wan VAE"),
+        (wan22_vae, "Wan2.2 VAE"),
         (image_vae, "image VAE (diffusers layout)"),
         (llama, "LLaMA text encoder"),
         (clip_text, "CLIP-L text encoder"),
-        (clip_vision, "CLIP image encoder (transformers layout)"),
+        (clip_vision, "CLIP image encoder"),
         (clip, "whole CLIP or SigLIP model"),
         (siglip, "SigLIP image encoder"),
         (whole_siglip, "whole CLIP or SigLIP model"),
-        (umt5, "T5 text encoder (transformers layout)"),
+        (umt5, "UMT5 text encoder"),
+        (t5, "T5 text encoder"),
     ],
 )
 def test_the_libraries_models(build: Callable[[], torch.nn.Module], kind: str) -> None:
@@ -119,7 +133,8 @@ OFFICIAL = {
     "Wan transformer": ["patch_embedding.weight", "time_projection.1.weight", "blocks.0.cross_attn.k.weight"],
     "Wan VAE": ["conv1.weight", "encoder.downsamples.0.residual.2.weight", "decoder.middle.0.residual.2.weight"],
     "UMT5 text encoder": ["blocks.0.pos_embedding.embedding.weight", "blocks.0.ffn.gate.0.weight", "norm.weight"],
-    "CLIP-vision (Wan)": ["log_scale", "visual.transformer.0.attn.to_qkv.weight", "textual.norm.weight"],
+    "CLIP image encoder": ["visual.cls_embedding", "visual.transformer.0.attn.to_qkv.weight", "textual.norm.weight"],
+    "Wan2.2 VAE": ["encoder.conv1.weight", "encoder.downsamples.0.downsamples.0.residual.2.weight"],
     "HunyuanVideo transformer": ["img_in.proj.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"],
     "image VAE": ["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"],
     "LoRA": ["lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight", "lora_unet_x.alpha"],
@@ -145,8 +160,8 @@ def test_unknown() -> None:
     assert kind_of([]) is None
 
 
-def test_kinds_have_different_names() -> None:
-    assert len({kind.name for kind in KINDS}) == len(KINDS)
+def test_all_layouts_of_a_kind_belong_to_the_same_place() -> None:
+    assert len({(kind.name, kind.flag, kind.remedy) for kind in KINDS}) == len({kind.name for kind in KINDS})
 
 
 def checkpoint_of(names: Iterable[str], flag: str = "--dit") -> Checkpoint:

@@ -10,7 +10,7 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from torch import nn
 
 from frame_pack.loading import load_transformer, open_transformer
-from networks import loha, lokr, lora, lora_framepack
+from networks import loha, lokr, lora, lora_framepack, lora_wan
 from networks.arguments import NetworkArguments
 from networks.targets import WAN, choose_layers
 from options.errors import UserError
@@ -114,9 +114,14 @@ def test_hunyuan_video_keeps_its_modulations_out() -> None:
     ("module", "prefix", "wanted"),
     [
         (lora, "transformer_blocks.0.", "networks.lora: got a FramePack transformer; .*use networks.lora_framepack$"),
-        (lora_framepack, "blocks.0.", "got a Wan transformer; .*LoRA for Wan is not available yet$"),
+        (lora_framepack, "blocks.0.", "got a Wan transformer; .*use networks.lora_wan$"),
+        (
+            lora_wan,
+            "transformer_blocks.0.",
+            "got a FramePack transformer; expected a Wan .*use networks.lora_framepack$",
+        ),
         (loha, "double_blocks.0.", "got a HunyuanVideo transformer; expected a FramePack or Wan .*use networks.lora$"),
-        (lora, "layers.0.", "got a Module without known blocks; .*use networks.lora_framepack$"),
+        (lora, "layers.0.", "got a Module without known blocks; .*use networks.lora_framepack or networks.lora_wan$"),
     ],
 )
 def test_network_of_another_family_is_an_error_that_names_the_right_one(module, prefix: str, wanted: str) -> None:

@@ -5,7 +5,8 @@ import torch
 
 from common.weights import Checkpoint
 from hunyuan_model import vae as hunyuan_vae
-from hunyuan_model.memory import VaeWork, decode_bytes, encode_bytes, llama_weights, llama_work, whole_weights
+from hunyuan_model.memory import VaeWork, decode_bytes, encode_bytes, llama_weights, llama_work
+from modules.weight_sizes import whole_weights
 from tests.live_bytes import LiveBytes, use_fused_kernels
 from tests.published import published_llama, published_vae
 

@@ -184,10 +184,10 @@ def test_the_published_size() -> None:
         ("visual.transformer.2.mlp.0.weight", None, r"no encoder\.layers\.2\.mlp\.fc1\.weight"),
         ("visual.pos_embedding", None, r"\d+ tensors without embeddings\.position_embedding\.weight"),
         ("visual.extra", torch.zeros(1), r"1 unexpected tensors, extra first"),
-        ("visual.transformer.1.attn.to_qkv.weight", torch.zeros(3, WIDTH), r"encoder\.layers\.1\.self_attn\.q_proj\."),
-        ("visual.transformer.1.attn.to_qkv.bias", torch.zeros(()), r"encoder\.layers\.1\.self_attn\.q_proj\.bias of"),
+        ("visual.transformer.1.attn.to_qkv.weight", torch.zeros(3, WIDTH), r"encoder\.layers\.1\.self_attn\.k_proj\."),
+        ("visual.transformer.1.attn.to_qkv.bias", torch.zeros(()), r"encoder\.layers\.1\.self_attn\.k_proj\.bias of"),
         ("visual.cls_embedding", torch.zeros(2, 1, WIDTH), r"embeddings\.class_embedding of shape \(2, 160\)"),
-        ("visual.patch_embedding.weight", torch.zeros(150, 3, 14, 14), "shapes that do not fit together"),
+        ("visual.patch_embedding.weight", torch.zeros(250, 3, 14, 14), r"shapes that do not fit .*80, the width"),
     ],
 )
 def test_broken_files(reference, tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:

@@ -11,14 +11,17 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from modules.activation_offload import ActivationOffload, PlainPorter
 from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions, attach, swapped_names
 from modules.checkpointing import Checkpointing
+from modules.execution import Execution
 from networks.lora_wan import create_network
 from options.errors import UserError
-from tests.published import described, published_shapes
+from options.flags_compile import CompileChoice
+from tests.published import described, published_wan
 from tests.test_weight_ring import LateCopies
 from tests.wan_transformers import (
     CONFIGS,
@@ -161,10 +164,10 @@ def test_skipped_blocks_are_left_out_whole() -> None:
     model, shorter = build_transformer("t2v"), build_transformer("t2v")
     del shorter.blocks[1]
     given = conditioning(model.config)
-    skipped = model.step(noisy(), model.prepare(given, TIMESTEPS), 1, skip_blocks=frozenset({1}))
+    prepared = model.prepare(given, TIMESTEPS[1:2])
+    skipped = model.step(noisy(), prepared, 0, skip_blocks=frozenset({1}))
     assert torch.equal(skipped, shorter(noisy(), TIMESTEPS[1], given))
-    everything = model.step(noisy(), model.prepare(given, TIMESTEPS), 1)
-    assert not torch.equal(skipped, everything)
+    assert not torch.equal(skipped, model.step(noisy(), prepared, 0))
 
 
 @torch.no_grad()
@@ -237,6 +240,27 @@ def test_checkpointed_blocks_give_the_same_gradients(num_blocks: int, offload: b
     in_ram = ActivationOffload(PlainPorter(), min_bytes=1) if offload else None
     model.checkpointing = Checkpointing(num_blocks=num_blocks, offload=in_ram)
     assert_same_gradients(trained(model), wanted)
+
+
+# ---- compiled ----
+
+
+def test_compiled_blocks_share_one_graph_for_all_steps_and_a_second_for_all_sizes() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = build_transformer("i2v"), build_transformer("i2v")
+    Execution(compiling=CompileChoice(flag="--compile", backend="eager", fullgraph=True)).apply_to(model)
+    for num_frames, num_graphs in ((2, 1), (3, 2), (5, 2)):
+        latents, given = noisy(frames=num_frames), conditioning(plain.config, indices=torch.arange(num_frames)[None])
+        with torch.no_grad():
+            prepared, wanted = model.prepare(given, TIMESTEPS), plain.prepare(given, TIMESTEPS)
+            for index in range(len(TIMESTEPS)):
+                assert_equal(model.step(latents, prepared, index), plain.step(latents, wanted, index))
+        assert counters["stats"]["unique_graphs"] == num_graphs
+    model.checkpointing = Checkpointing(num_blocks=1)
+    found, right = trained(model), trained(plain)
+    assert all(torch.allclose(found[name], right[name], rtol=1e-4, atol=1e-8) for name in right)
+    assert not counters["graph_break"]
 
 
 # ---- weights in RAM ----
@@ -316,7 +340,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_of_full_size_models_are_the_published_ones(name: str) -> None:
     num_tensors, kind, num_blocks, width, mlp_width = PUBLISHED[name]
-    shapes = published_shapes(f"wan_{name}")
+    shapes = published_wan(name)
     config = WanConfig.from_checkpoint(described("--dit", shapes, "BF16"))
     assert (config.kind, config.num_blocks, config.width, config.mlp_width) == (kind, num_blocks, width, mlp_width)
     assert (config.head_dim, config.num_heads, config.rope_axes) == (128, width // 128, (44, 42, 42))
@@ -333,7 +357,7 @@ def test_heads_that_do_not_divide_the_width_are_an_error() -> None:
     checkpoint = described("--dit", shapes, "F32")
     others = {"_class_name": "LlamaModel", "attention_head_dim": 96}
     assert WanConfig.from_checkpoint(replace(checkpoint, config=others)).head_dim == 128
-    for own, head_dim in (({"attention_head_dim": 64}, 64), ({"num_heads": 8}, 32), ({}, 128)):
+    for own, head_dim in (({"attention_head_dim": 64}, 64), ({"num_heads": 8}, 32), ({"num_heads": 0}, 128), ({}, 128)):
         config = {"_class_name": "WanModel", **own}
         assert WanConfig.from_checkpoint(replace(checkpoint, config=config)).head_dim == head_dim
     with pytest.raises(UserError, match="width 256 with heads of 96 channels; expected a width that heads divide"):

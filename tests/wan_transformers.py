@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -24,9 +25,9 @@ CONFIGS: dict[Kind, WanConfig] = {
 }
 
 
-def build_transformer(kind: Kind = "i2v", seed: int = 0) -> WanTransformer:
-    """Every parameter matters: none is at its neutral value."""
-    model = WanTransformer(CONFIGS[kind]).eval().requires_grad_(False)
+def build_transformer(kind: Kind = "i2v", seed: int = 0, **changes: int) -> WanTransformer:
+    """Every parameter matters: none is at its neutral value. `changes` are of the configuration."""
+    model = WanTransformer(replace(CONFIGS[kind], **changes)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -47,6 +48,7 @@ def build_oracle(model: WanTransformer) -> WanTransformer3DModel:
     config = model.config
     oracle = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
         in_channels=config.in_channels,
         out_channels=config.latent_channels,
         text_dim=config.text_width,
@@ -86,9 +88,7 @@ def conditioning(
 
 
 @torch.no_grad()
-def diffusers_forward(
-    oracle: WanTransformer3DModel, latents: Tensor, timesteps: Tensor, given: Conditioning
-) -> Tensor:
+def diffusers_forward(oracle: WanTransformer3DModel, latents: Tensor, timesteps: Tensor, given: Conditioning) -> Tensor:
     text = torch.zeros(len(latents), 512, given.text.shape[2])
     for row, length in enumerate(given.text_lengths.tolist()):
         text[row, :length] = given.text[row, :length]

@@ -90,5 +90,7 @@ def _head_dim(checkpoint: Checkpoint, width: int) -> int:
     # Users keep all their files in one folder, with another model's config.json perhaps.
     if config.get("_class_name") not in CONFIG_CLASSES:
         return HEAD_DIM
-    given = config.get("attention_head_dim") or width // int(config.get("num_heads") or max(width // HEAD_DIM, 1))
-    return int(given)
+    given, num_heads = config.get("attention_head_dim"), config.get("num_heads")
+    if isinstance(given, int):
+        return given
+    return width // num_heads if isinstance(num_heads, int) and num_heads > 0 else HEAD_DIM

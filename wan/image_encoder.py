@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from common.checkpoint_kinds import WAN_CLIP, expect_kind
 from common.weights import Checkpoint, TensorInfo, check_names_and_shapes, empty_model, load_weights, open_checkpoint
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import CLIPVisionModel
 
 HEAD_DIM = 80
@@ -119,6 +119,8 @@ def _build(checkpoint: Checkpoint) -> CLIPVisionModel:
 
     config = checkpoint.config if checkpoint.config.get("model_type") == "clip_vision_model" else {}
     hidden_size, num_channels, patch_size, _ = checkpoint.shape("embeddings.patch_embedding.weight", 4)
+    if hidden_size % HEAD_DIM and "num_attention_heads" not in config:
+        raise ValueError(f"{HEAD_DIM}, the width of a head, does not divide {hidden_size}")
     num_patches = checkpoint.shape("embeddings.position_embedding.weight", 2)[0] - 1
     return CLIPVisionModel(
         CLIPVisionConfig(
@@ -150,7 +152,8 @@ def encode_pictures(model: CLIPVisionModel, pictures: Sequence[np.ndarray]) -> T
 
 def _prepared(picture: np.ndarray, size: int, device: torch.device) -> Tensor:
     """A picture as CLIP wants it, (1, 3, size, size) float32: bicubic without antialiasing, as the official code."""
-    pixels = torch.tensor(picture, device=device).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
+    whole = torch.from_numpy(np.ascontiguousarray(picture)).to(device)
+    pixels = whole.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
     return (pixels * 0.5 + 0.5 - mean) / deviation

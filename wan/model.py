@@ -150,7 +150,8 @@ class WanTransformer(nn.Module):
         """
         latents, modulation = latents.to(self.device, self.dtype), prepared.modulations[index]
         beside = [] if prepared.beside is None else [prepared.beside]
-        x = embed_patches(torch.cat([latents, *beside], dim=1), self.patch_embedding)
+        # As blocks give it on to one another: a view would be compiled for on its own.
+        x = embed_patches(torch.cat([latents, *beside], dim=1), self.patch_embedding).contiguous()
         batch, _, frames, height, width = latents.shape
         rows, columns = height // PATCH, width // PATCH
         rope, layout = prepared.rope.of(rows, columns), self._layout(batch, x.shape[1])

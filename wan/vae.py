@@ -197,7 +197,7 @@ def _build(checkpoint: Checkpoint) -> AutoencoderKLWan:
 
     base = checkpoint.shape("encoder.conv_in.weight", 5)[0]
     num_channels = checkpoint.shape("post_quant_conv.weight", 5)[0]
-    stages = _stages(checkpoint)
+    stages = encoder_stages(checkpoint)
     statistics = _own_statistics(checkpoint, num_channels)
     return AutoencoderKLWan(
         base_dim=base,
@@ -222,7 +222,7 @@ def _own_statistics(checkpoint: Checkpoint, num_channels: int) -> dict[str, list
     return {"latents_mean": [0.0] * num_channels, "latents_std": [1.0] * num_channels}
 
 
-def _stages(checkpoint: Checkpoint) -> list[tuple[int, int, bool]]:
+def encoder_stages(checkpoint: Checkpoint) -> list[tuple[int, int, bool]]:
     """Width and number of residual blocks of the encoder's stages, and whether each ends with half as many frames."""
     stages, width, num_blocks = [], 0, 0
     for i in itertools.count():
