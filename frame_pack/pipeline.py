@@ -23,9 +23,9 @@ from frame_pack.decoding import decode_latents
 from frame_pack.image_encoder import load_siglip
 from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
-from frame_pack.plan import EmptyTransformers, GenerationPlan, plan_generation
+from frame_pack.plan import GenerationPlan, empty_transformers, plan_generation
 from frame_pack.sampling import generate_latents
-from frame_pack.swapping import SwapWish, check_swap, choose_swap
+from frame_pack.swapping import swap_limits
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, content_hash, readable
 from hunyuan_model import vae as hunyuan_vae
@@ -40,6 +40,8 @@ from hunyuan_model.text_encoders import (
 from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
+from modules.swapping import SwapWish, check_swap, choose_swap
+from modules.transformer_plan import EmptyTransformers
 from networks.lora_merge import LoraMerge
 from networks.prompt_loras import PromptLoras
 from options.flags_compile import CompileFlags
@@ -47,7 +49,6 @@ from options.flags_generate import ComputeFlags
 from options.fp8 import Fp8Mode
 from options.memory_size import MemorySize
 from options.request import GenerationRequest
-from options.swap_count import SwapCount
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo
@@ -64,7 +65,7 @@ class Compute:
     fp8: Fp8Mode = "off"
     """What becomes of the transformer's weights."""
     fp8_llm: bool = False
-    swap: SwapWish = SwapWish(blocks=SwapCount())
+    swap: SwapWish = SwapWish()
     """What of the transformer lies in RAM."""
     execution: Execution = Execution()
     """How the transformer's blocks are run."""
@@ -178,7 +179,7 @@ class FramePackPipeline:
         self._transformer = resident("transformer", self._load_transformer, lent=transformer)
         self._largest: GenerationRequest | None = None
         if transformer is None:
-            check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
+            check_swap(compute.swap, swap_limits(FramePackConfig.from_checkpoint(files.transformer)))
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
@@ -213,7 +214,7 @@ class FramePackPipeline:
 
     @cached_property
     def _empty(self) -> EmptyTransformers:
-        return EmptyTransformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
+        return empty_transformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
     def _load_transformer(self) -> FramePackTransformer:
         compute, checkpoint = self.compute, self._checkpoints.transformer
@@ -225,14 +226,9 @@ class FramePackPipeline:
 
     def _choose_swap(self) -> SwapOptions:
         """For the largest request so far."""
-        compute = self.compute
+        wish, free = self.compute.swap, free_memory(self.compute.device)
         plan = cache(lambda: self._plan(self._largest))
-
-        def needed(num_blocks: int, offload: bool) -> int:
-            options = replace(plan().options, num_blocks=num_blocks, offload=offload)
-            return max(stage.num_bytes for stage in plan().denoising(options))
-
-        return choose_swap(compute.swap, self._empty.config, free=free_memory(compute.device), needed=needed)
+        return choose_swap(wish, self._empty.limits, free=free, needed=lambda *choice: plan().needed(*choice))
 
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
