@@ -34,14 +34,16 @@ from common import flags
 from common.device import peak_logged, pick_device
 from frame_pack.config import FramePackConfig
 from frame_pack.context import HISTORY_FRAMES, PackedContext, one_frame_context, section_context
-from frame_pack.costs import NUM_IMAGE, Tokens, Work, prepared_bytes, step_bytes
+from frame_pack.costs import NUM_IMAGE, FramePackCosts, Tokens
 from frame_pack.loading import load_transformer, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
 from frame_pack.pipeline import Compute
-from frame_pack.plan import EmptyTransformers
-from frame_pack.swapping import check_swap, choose_swap, most_blocks
+from frame_pack.plan import empty_transformers
+from frame_pack.swapping import swap_limits
 from modules.attention import LIBRARIES
 from modules.flow_matching import NUM_TIMESTEPS, shifted_sigmas
+from modules.swapping import check_swap, choose_swap
+from modules.transformer_plan import Work
 from options.flags_compile import CompileFlags
 from options.flags_fpack_generate import FramePackComputeFlags
 from options.geometry import VAE_STRIDE
@@ -147,8 +149,9 @@ def measure(argv: Sequence[str]) -> Measurement:
     compute.check_execution()
     checkpoint, device, dtype = open_transformer(options.dit), compute.device, compute.transformer_dtype
     config = FramePackConfig.from_checkpoint(checkpoint)
-    check_swap(compute.swap, config)
-    swap = choose_swap(compute.swap, config, free=math.inf, needed=lambda num_blocks, offload: 0)
+    empty = empty_transformers(checkpoint, None, dtype)
+    check_swap(compute.swap, empty.limits)
+    swap = choose_swap(compute.swap, empty.limits, free=math.inf, needed=lambda num_blocks, offload: 0)
 
     start = time.perf_counter()
     transformer = load_transformer(checkpoint, dtype=dtype, device=device, fp8=compute.fp8, swap=swap)
@@ -156,7 +159,7 @@ def measure(argv: Sequence[str]) -> Measurement:
     load_seconds = _since(start, device)
 
     context = context_of(config, options)
-    tokens = Tokens.of(context, num_text=NUM_TEXT)
+    costs = FramePackCosts(config=config, tokens=Tokens.of(context, num_text=NUM_TEXT))
     sigmas = shifted_sigmas(NUM_PREPARED, 1.0)[:-1]
     timesteps, latents = (NUM_TIMESTEPS * sigmas).float()[:, None], context.clean.latents[:, :, :1]
     latents = latents.expand(-1, -1, context.num_target_frames, -1, -1).to(device)
@@ -172,10 +175,9 @@ def measure(argv: Sequence[str]) -> Measurement:
             transformer.step(latents, prepared, number % NUM_PREPARED)
             seconds.append(_since(start, device))
 
-    empty = EmptyTransformers(checkpoint, None, dtype)
     work = Work(itemsize=dtype.itemsize, num_steps=NUM_PREPARED, unpacked=empty.unpacked(compute.fp8))
     placed = empty.placed(compute.fp8, swap)
-    taken = placed.stays + placed.block_slots + prepared_bytes(config, tokens, work) + step_bytes(config, tokens, work)
+    taken = placed.stays + placed.block_slots + costs.prepared_bytes(work) + costs.step_bytes(work)
     return Measurement(
         options=options.options[-1],
         seconds=median(seconds[NUM_WARM:]),
@@ -207,7 +209,7 @@ def measure_alone(argv: Sequence[str]) -> Measurement:
 def default_options(config: FramePackConfig) -> list[str]:
     """Every option alone, and what goes together on small cards."""
     most, offload, pinned = (
-        most_blocks(config, for_training=False),
+        swap_limits(config).most_in_generation,
         "--offload_invariant",
         "--use_pinned_memory_for_block_swap",
     )

@@ -14,17 +14,18 @@ from dataset.cached_items import CachingScripts
 from dataset.training_dataset import TrainBatch, TrainingDataset
 from frame_pack.cached_context import FEATURES, from_batch
 from frame_pack.config import FAMILY, FramePackConfig
-from frame_pack.costs import num_blocks
 from frame_pack.loading import FramePackCheckpoints, build_transformer, load_transformer, open_models, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
 from frame_pack.pipeline import Compute, FramePackPipeline
-from frame_pack.plan import EmptyTransformers
-from frame_pack.swapping import SwapWish, check_swap, choose_swap
-from frame_pack.training_plan import TrainedNumbers, TrainingPlan, TrainOptions, largest_batch
+from frame_pack.plan import empty_transformers
+from frame_pack.swapping import swap_limits
+from frame_pack.training_plan import largest_batch
 from frame_pack.training_rules import FramePackTrainingRules
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
 from modules.flow_matching import NUM_TIMESTEPS
+from modules.swapping import SwapWish, check_swap, choose_swap
+from modules.training_plan import TrainedNumbers, TrainingPlan, TrainOptions
 from networks.lora_merge import LoraMerge
 from networks.network import Network
 from options.errors import UserError
@@ -32,7 +33,6 @@ from options.flags_fpack_train import FramePackTrainFlags
 from options.fpack_request import FramePackRequestFlags
 from options.geometry import FRAMEPACK_FPS
 from options.memory_size import MemorySize
-from options.swap_count import SwapCount
 
 TEXT, TEXT_MASK, POOLED = "llama_vec", "llama_attention_mask", "clip_l_pooler"
 NEEDED = ("latents", "latent_indices", "latents_clean", "clean_latent_indices", FEATURES, TEXT, TEXT_MASK, POOLED)
@@ -61,7 +61,7 @@ class FramePackArchitecture:
         checkpoint = open_transformer(flags.models.dit, memmap=not flags.models.disable_numpy_memmap)
         config = build_transformer(checkpoint, fp8=flags.memory.fp8_mode).config
         architecture = cls(checkpoint=checkpoint, distilled_guidance=flags.run.guidance_scale, flags=flags)
-        check_swap(architecture._swap_wish, config)
+        check_swap(SwapWish.of_training(flags.memory), swap_limits(config))
         return architecture
 
     @property
@@ -99,12 +99,7 @@ class FramePackArchitecture:
         merge: LoraMerge,
     ) -> SwapOptions:
         plan = self._plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
-
-        def needed(num_swapped: int, offload: bool) -> int:
-            return max(stage.num_bytes for stage in plan.stages(replace(plan.options, num_blocks=num_swapped)))
-
-        config = FramePackConfig.from_checkpoint(self.checkpoint)
-        return choose_swap(self._swap_wish, config, free=free_memory(device), needed=needed)
+        return choose_swap(plan.swap, plan.transformers.limits, free=free_memory(device), needed=plan.needed)
 
     def describe_cost(
         self,
@@ -125,33 +120,13 @@ class FramePackArchitecture:
         self, dataset: TrainingDataset, network: Network, *, dtype: torch.dtype, state_bytes: float, merge: LoraMerge
     ) -> TrainingPlan:
         """For one step of one batch."""
-        memory = self.flags.memory
-        transformers = EmptyTransformers(self.checkpoint, merge, dtype)
-        by_layer = {path: sum(p.numel() for p in adapter.parameters()) for path, adapter in network.adapters.items()}
+        memory, config = self.flags.memory, FramePackConfig.from_checkpoint(self.checkpoint)
         return TrainingPlan(
-            transformers=transformers,
-            batch=largest_batch(dataset.batch_layouts),
-            numbers=TrainedNumbers(by_layer=by_layer, state_bytes=state_bytes),
-            dtype=dtype,
-            swap=self._swap_wish,
-            options=TrainOptions(
-                fp8=memory.fp8_mode,
-                num_blocks=self._swap_wish.blocks.value or 0,
-                num_checkpointed=memory.num_checkpointed(num_blocks(transformers.config)),
-                in_ram=memory.gradient_checkpointing_cpu_offload,
-            ),
-            num_steps=1,
-            batches_per_step=1,
-        )
-
-    @property
-    def _swap_wish(self) -> SwapWish:
-        memory = self.flags.memory
-        return SwapWish(
-            blocks=memory.blocks_to_swap or SwapCount(),
-            for_training=True,
-            pinned=memory.use_pinned_memory_for_block_swap,
-            ring_size=memory.block_swap_ring_size,
+            transformers=empty_transformers(self.checkpoint, merge, dtype),
+            batch=largest_batch(config, dataset.batch_layouts),
+            numbers=TrainedNumbers.of(network.adapters, state_bytes),
+            swap=SwapWish.of_training(memory),
+            options=TrainOptions.of(memory, num_blocks=config.num_blocks),
         )
 
     def empty_transformer(self) -> FramePackTransformer:

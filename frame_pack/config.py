@@ -28,6 +28,11 @@ class FramePackConfig:
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 256.0
 
+    @property
+    def num_blocks(self) -> int:
+        """Of both kinds."""
+        return self.num_double_blocks + self.num_single_blocks
+
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> FramePackConfig:
         """Dimensions from tensor shapes; rotary axes and base, which shapes do not tell, from `config.json` if any.

@@ -8,6 +8,7 @@ Shapes: B batch, S steps, L tokens, D width.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,15 @@ from frame_pack.context import (
 from frame_pack.layers import TIME_CHANNELS
 from frame_pack.model import PATCH
 from modules.plan import Flops, attention_flops, linear_flops
+from modules.transformer_plan import Kept, Work
 from options.fpack_request import FramePackRequest
 from options.geometry import VAE_STRIDE
 
 NUM_IMAGE = 729
 """SigLIP's patches."""
+OF_TEXT = re.compile(r"transformer_blocks\.\d+\.(attn\.(add_.*|to_add_out)|ff_context\..*)")
+OF_PICTURES = re.compile(r"transformer_blocks\.\d+\.(attn|ff)\..*")
+OF_ALL = re.compile(r"single_transformer_blocks\.\d+\.(attn\..*|proj_mlp|proj_out)")
 
 
 # ---- tokens ----
@@ -110,41 +115,124 @@ def num_tokens(request: FramePackRequest) -> int:
     return Tokens.of(context_of(request), num_text=0).total
 
 
-# ---- operations ----
+# ---- operations and bytes ----
 
 
-def step_flops(config: FramePackConfig, tokens: Tokens, *, batch: int = 1) -> Flops:
-    """Of one step: the blocks, and the target's way in and out."""
-    patch = PATCH * PATCH * config.latent_channels
-    ends = linear_flops(tokens.target, 2 * patch * config.width)
-    return (block_flops(config, tokens) * num_blocks(config) + ends) * batch
+@dataclass(frozen=True, kw_only=True)
+class FramePackCosts:
+    """Of a model of this size and samples of so many tokens; see `modules.transformer_plan.Costs`."""
 
+    config: FramePackConfig
+    tokens: Tokens
 
-def block_flops(config: FramePackConfig, tokens: Tokens) -> Flops:
-    """Of one block of either kind."""
-    weights = linear_flops(tokens.total, block_weights(config))
-    return weights + attention_flops(tokens.total, tokens.total, config.width)
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_blocks
 
+    def by_group(self) -> dict[str, int]:
+        return self.tokens.by_group()
 
-def block_weights(config: FramePackConfig) -> int:
-    """That a token meets in a block: query, key, value, output, and the MLP up and down."""
-    return 4 * config.width**2 + 2 * config.width * config.mlp_width
+    def num_rows(self, path: str) -> int:
+        if OF_ALL.fullmatch(path):
+            return self.tokens.total
+        if OF_TEXT.fullmatch(path):
+            return self.tokens.texts
+        return self.tokens.pictures if OF_PICTURES.fullmatch(path) else 1
 
+    # ---- operations ----
 
-def num_blocks(config: FramePackConfig) -> int:
-    return config.num_double_blocks + config.num_single_blocks
+    def step_flops(self, *, batch: int = 1) -> Flops:
+        """Of one step: the blocks, and the target's way in and out."""
+        config = self.config
+        ends = linear_flops(self.tokens.target, 2 * PATCH * PATCH * config.latent_channels * config.width)
+        return (self._block_flops() * config.num_blocks + ends) * batch
 
+    def _block_flops(self) -> Flops:
+        """Of one block of either kind: query, key, value, output, and the MLP up and down."""
+        width, total = self.config.width, self.tokens.total
+        weights = 4 * width**2 + 2 * width * self.config.mlp_width
+        return linear_flops(total, weights) + attention_flops(total, total, width)
 
-def prepare_flops(config: FramePackConfig, tokens: Tokens, *, num_steps: int = 1, batch: int = 1) -> Flops:
-    """Of everything that is done once for all steps."""
-    width, channels = config.width, config.latent_channels
-    cubes = ((tokens.clean, 1), (tokens.clean_2x, 2), (tokens.clean_4x, 4))
-    embeds = sum((linear_flops(n, channels * PATCH**2 * pool**3 * width) for n, pool in cubes), Flops())
-    image = linear_flops(tokens.image, 3 * width * (config.image_width + width))
-    modulations = linear_flops(num_steps, num_modulations(config) * width**2)
-    times = linear_flops(num_steps + 1, (TIME_CHANNELS + width) * width)  # and guidance, which is one for all steps
-    pooled = linear_flops(1, (config.pooled_width + width) * width)
-    return (embeds + image + modulations + times + pooled + _refiner_flops(config, tokens.text, num_steps)) * batch
+    def prepare_flops(self, *, num_steps: int = 1, batch: int = 1) -> Flops:
+        """Of everything that is done once for all steps."""
+        config, tokens, width = self.config, self.tokens, self.config.width
+        cubes = ((tokens.clean, 1), (tokens.clean_2x, 2), (tokens.clean_4x, 4))
+        embeds = (linear_flops(n, config.latent_channels * PATCH**2 * pool**3 * width) for n, pool in cubes)
+        image = linear_flops(tokens.image, 3 * width * (config.image_width + width))
+        modulations = linear_flops(num_steps, num_modulations(config) * width**2)
+        # Guidance, too, which is one for all steps.
+        times = linear_flops(num_steps + 1, (TIME_CHANNELS + width) * width)
+        pooled = linear_flops(1, (config.pooled_width + width) * width)
+        refiner = _refiner_flops(config, tokens.text, num_steps)
+        return (sum(embeds, Flops()) + image + modulations + times + pooled + refiner) * batch
+
+    # ---- bytes ----
+
+    def prepared_bytes(self, work: Work) -> int:
+        """What is ready for all steps: text, modulations, clean tokens and the rotary tables, which are in float32."""
+        config, tokens = self.config, self.tokens
+        rows = work.num_steps * (tokens.texts + num_modulations(config)) + tokens.history
+        one = self._bytes(rows, work) + work.batch * tokens.total * config.head_dim * 4
+        return one * work.num_prepared
+
+    def prepare_bytes(self, work: Work) -> int:
+        """At its worst moment, when the last refiner block's MLP computes for all steps, beside what an earlier
+        `prepare` of the same section has made ready."""
+        ready = self.prepared_bytes(work) // work.num_prepared
+        num_rows = work.num_steps * self.tokens.text
+        refining = self._bytes(11 * num_rows + self.tokens.history + self.tokens.image, work)
+        earlier = ready * (work.num_prepared - 1)
+        return earlier + max(refining, ready + self._bytes(num_rows, work)) + work.unpacked
+
+    def step_bytes(self, work: Work) -> int:
+        """What one step allocates on top of what is prepared, without gradients.
+
+        In a double block, while the image's MLP computes: image before and after attention, its norm, the MLP before
+        and after its activation; query, key, value and result of the attention, text before and after. In a single
+        block, in the last product: tokens (twice, as the step still holds the two streams), norm, attention's result,
+        the MLP's activation, both joined, output.
+        """
+        tokens, ratio = self.tokens, self._mlp_ratio
+        double = (3 + 2 * ratio) * tokens.pictures + 4 * tokens.total + 2 * tokens.texts
+        single = (6 + 2 * ratio) * tokens.total
+        rows = max(double if self.config.num_double_blocks else 0, single) + tokens.target
+        return self._bytes(rows, work) + work.unpacked
+
+    def kept_bytes(self, work: Work, kept: Kept) -> int:
+        """What a forward pass keeps for the backward pass when every linear layer has an adapter.
+
+        A double block keeps its inputs before and after attention with their norms (4), query and key before and after
+        their norm and rotation (4), value and result (2), the MLP before and after its activation; a single block one
+        input less. Low ranks and statistics make about a tenth of a row. The last block's output is kept, too; of the
+        first one's inputs the text is there anyway, and without a checkpoint all of it is not needed again.
+        """
+        tokens, rows = self.tokens, 0.0
+        if 0 in kept.checkpointed:
+            rows = 1 - tokens.texts / tokens.total
+        for number in range(self.num_blocks):
+            if number not in kept.checkpointed:
+                rows += (10.1 if number < self.config.num_double_blocks else 9.1) + 2 * self._mlp_ratio
+            elif not kept.in_ram:
+                rows += 1
+        return self._bytes(rows * tokens.total, work)
+
+    def backward_bytes(self, work: Work, kept: Kept) -> int:
+        """What the backward pass takes at its worst moment beside what is kept: gradients inside one block, and that
+        block's activations where they are computed again."""
+        rows = 2 + 2 * self._mlp_ratio
+        if len(kept.checkpointed) == self.num_blocks:
+            rows += 9 + 2 * self._mlp_ratio
+        if kept.checkpointed and kept.in_ram:
+            rows += 2  # inputs on their way
+        return self._bytes(rows * self.tokens.total, work) + work.unpacked
+
+    @property
+    def _mlp_ratio(self) -> float:
+        return self.config.mlp_width / self.config.width
+
+    def _bytes(self, rows: float, work: Work) -> int:
+        """Of rows as wide as the model."""
+        return round(rows * work.batch * self.config.width * work.itemsize)
 
 
 def num_modulations(config: FramePackConfig) -> int:
@@ -163,95 +251,3 @@ def _refiner_flops(config: FramePackConfig, num_text: int, num_steps: int) -> Fl
         return inputs
     all_attention = attention * (1 + (config.num_refiner_blocks - 1) * num_steps)
     return inputs + all_attention + rest * (config.num_refiner_blocks * num_steps)
-
-
-# ---- bytes ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """How the transformer computes, as far as its memory depends on it."""
-
-    itemsize: int
-    """Bytes of a number that it computes with."""
-    batch: int = 1
-    num_steps: int = 1
-    """That are prepared together."""
-    num_prepared: int = 1
-    """2 with classifier-free guidance."""
-    unpacked: int = 0
-    """Bytes of the largest weight that is made whole from fp8 while its layer computes."""
-
-
-def prepared_bytes(config: FramePackConfig, tokens: Tokens, work: Work) -> int:
-    """What is ready for all steps: text, modulations, clean tokens and the rotary tables, which are in float32."""
-    rows = work.num_steps * (tokens.texts + num_modulations(config)) + tokens.history
-    one = work.batch * (rows * config.width * work.itemsize + tokens.total * config.head_dim * 4)
-    return one * work.num_prepared
-
-
-def prepare_bytes(config: FramePackConfig, tokens: Tokens, work: Work) -> int:
-    """At its worst moment, when the last refiner block's MLP computes for all steps, beside what an earlier `prepare`
-    of the same section has made ready."""
-    ready = prepared_bytes(config, tokens, work) // work.num_prepared
-    row = work.batch * config.width * work.itemsize
-    num_rows = work.num_steps * tokens.text
-    refining = (11 * num_rows + tokens.history + tokens.image) * row
-    earlier = ready * (work.num_prepared - 1)
-    return earlier + max(refining, ready + num_rows * row) + work.unpacked
-
-
-def step_bytes(config: FramePackConfig, tokens: Tokens, work: Work) -> int:
-    """What one step allocates on top of what is prepared, without gradients.
-
-    Counted in rows as wide as the model. In a double block, while the image's MLP computes: image before and after
-    attention, its norm, the MLP before and after its activation; query, key, value and result of the attention, text
-    before and after. In a single block, in the last product: tokens (twice, as the step still holds the two streams),
-    norm, attention's result, the MLP's activation, both joined, output.
-    """
-    ratio = config.mlp_width / config.width
-    double = (3 + 2 * ratio) * tokens.pictures + 4 * tokens.total + 2 * tokens.texts
-    single = (6 + 2 * ratio) * tokens.total
-    rows = max(double if config.num_double_blocks else 0, single) + tokens.target
-    return round(rows * work.batch * config.width * work.itemsize) + work.unpacked
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Which blocks keep what for the backward pass."""
-
-    checkpointed: frozenset[int] = frozenset()
-    """Numbers of those that keep their inputs only."""
-    in_ram: bool = False
-    """Whether these inputs wait in RAM."""
-
-
-def kept_bytes(config: FramePackConfig, tokens: Tokens, work: Work, kept: Kept) -> int:
-    """What a forward pass keeps for the backward pass when every linear layer has an adapter.
-
-    Counted in rows as wide as the model. A double block keeps its inputs before and after attention with their norms
-    (4), query and key before and after their norm and rotation (4), value and result (2), the MLP before and after its
-    activation; a single block one input less. Low ranks and statistics make about a tenth of a row. The last block's
-    output is kept, too; of the first one's inputs the text is there anyway, and without a checkpoint all of it is not
-    needed again.
-    """
-    rows = 1 - (tokens.texts / tokens.total if 0 in kept.checkpointed else 1)
-    for number in range(num_blocks(config)):
-        if number not in kept.checkpointed:
-            is_double = number < config.num_double_blocks
-            rows += (10.1 if is_double else 9.1) + 2 * config.mlp_width / config.width
-        elif not kept.in_ram:
-            rows += 1
-    return round(rows * tokens.total * work.batch * config.width * work.itemsize)
-
-
-def backward_bytes(config: FramePackConfig, tokens: Tokens, work: Work, kept: Kept) -> int:
-    """What the backward pass takes at its worst moment beside what is kept: gradients inside one block, and that
-    block's activations where they are computed again."""
-    ratio = config.mlp_width / config.width
-    rows = 2 + 2 * ratio
-    if len(kept.checkpointed) == num_blocks(config):
-        rows += 9 + 2 * ratio
-    if kept.checkpointed and kept.in_ram:
-        rows += 2  # inputs on their way
-    return round(rows * tokens.total * work.batch * config.width * work.itemsize) + work.unpacked

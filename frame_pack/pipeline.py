@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.device import free_memory, pick_device, pick_dtype
+from common.device import free_memory, pick_dtype
 from common.residency import Resident
+from common.tokenizers import tokenizer_fingerprint
 from common.weights import Checkpoint, fingerprint
 from frame_pack.conditioning import Encoders, FramePackConditioning, encode_requests
 from frame_pack.config import FAMILY, FramePackConfig
@@ -21,45 +22,36 @@ from frame_pack.decoding import decode_latents
 from frame_pack.image_encoder import load_siglip
 from frame_pack.loading import FramePackCheckpoints, load_transformer
 from frame_pack.model import FramePackTransformer
-from frame_pack.plan import EmptyTransformers, GenerationPlan, plan_generation
+from frame_pack.plan import GenerationPlan, empty_transformers, plan_generation
 from frame_pack.sampling import generate_latents
-from frame_pack.swapping import SwapWish, check_swap, choose_swap
+from frame_pack.swapping import swap_limits
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, merged_loras
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import find_tokenizer, load_clip, load_llama, load_tokenizer
-from modules.attention import AttentionOptions
 from modules.block_swap import SwapOptions
-from modules.execution import Execution
+from modules.compute import TransformerCompute, planned_device, transformer_compute
+from modules.swapping import check_swap, choose_swap
+from modules.transformer_plan import EmptyTransformers
 from networks.lora_merge import LoraMerge
 from networks.transformer_stage import TransformerStage
 from options.flags_compile import CompileFlags
 from options.flags_fpack_generate import FramePackComputeFlags
-from options.fp8 import Fp8Mode
 from options.fpack_request import FramePackRequest
 from options.memory_size import MemorySize
-from options.swap_count import SwapCount
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
+class Compute(TransformerCompute):
     """Where and in which types the models run, and how the VAE saves memory."""
 
-    device: torch.device
-    transformer_dtype: torch.dtype
     encoder_dtype: torch.dtype
     """For both text encoders, SigLIP and the VAE."""
-    fp8: Fp8Mode = "off"
-    """What becomes of the transformer's weights."""
     fp8_llm: bool = False
-    swap: SwapWish = SwapWish(blocks=SwapCount())
-    """What of the transformer lies in RAM."""
-    execution: Execution = Execution()
-    """How the transformer's blocks are run."""
     vae_tile_size: int | None = None
     vae_chunk_size: int | None = None
     bulk_decode: bool = False
@@ -71,21 +63,11 @@ class Compute:
         Raises:
             UserError: a device that torch cannot use.
         """
-        device = pick_device(flags.device)
+        settings = transformer_compute(flags, speed)
         return cls(
-            device=device,
-            transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=device),
-            encoder_dtype=pick_dtype(None, on_gpu="float16", device=device),
-            fp8=flags.fp8_mode,
+            **settings,
+            encoder_dtype=pick_dtype(None, on_gpu="float16", device=settings["device"]),
             fp8_llm=flags.fp8_llm,
-            swap=SwapWish(
-                blocks=flags.blocks_to_swap,
-                offload_invariant=flags.offload_invariant,
-                pinned=flags.use_pinned_memory_for_block_swap,
-            ),
-            execution=Execution(
-                attention=AttentionOptions(backend=flags.attention), compiling=speed.choice if speed else None
-            ),
             vae_tile_size=flags.tile_size,
             vae_chunk_size=flags.vae_chunk_size,
             bulk_decode=flags.bulk_decode,
@@ -93,28 +75,15 @@ class Compute:
 
     def planned(self, flags: FramePackComputeFlags) -> Compute:
         """With the types that a GPU would get, on a machine without one, unless `--device` asks for this machine."""
-        if flags.device is not None or self.device.type != "cpu":
-            return self
-        gpu = torch.device("cuda")
+        device = planned_device(flags, self.device)
         return replace(
             self,
-            transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=gpu),
-            encoder_dtype=pick_dtype(None, on_gpu="float16", device=gpu),
+            transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=device),
+            encoder_dtype=pick_dtype(None, on_gpu="float16", device=device),
         )
 
-    def check_execution(self) -> None:
-        """Raises UserError where the transformer's blocks cannot be run as they are asked to be."""
-        self.execution.check(device=self.device, dtype=self.transformer_dtype)
-
     def recorded(self) -> dict[str, object]:
-        """What changes the bits of a result, as JSON values under the names of flags."""
-        return {
-            "device": self.device.type,
-            "dit_dtype": str(self.transformer_dtype).removeprefix("torch."),
-            "attn_mode": self.execution.attention.backend,
-            "compile": self.execution.compiling is not None,
-            "fp8": self.fp8 == "plain",
-            "fp8_scaled": self.fp8 == "scaled",
+        return super().recorded() | {
             "fp8_llm": self.fp8_llm,
             "vae_spatial_tile_sample_min_size": self.vae_tile_size,
             "vae_chunk_size": self.vae_chunk_size,
@@ -177,7 +146,7 @@ class FramePackPipeline:
             lent=transformer,
         )
         if transformer is None:
-            check_swap(compute.swap, FramePackConfig.from_checkpoint(files.transformer))
+            check_swap(compute.swap, swap_limits(FramePackConfig.from_checkpoint(files.transformer)))
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
@@ -210,7 +179,7 @@ class FramePackPipeline:
 
     @cached_property
     def _empty(self) -> EmptyTransformers:
-        return EmptyTransformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
+        return empty_transformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
     def _load_transformer(self, largest: FramePackRequest) -> FramePackTransformer:
         compute, checkpoint = self.compute, self._checkpoints.transformer
@@ -221,14 +190,9 @@ class FramePackPipeline:
         return transformer
 
     def _choose_swap(self, largest: FramePackRequest) -> SwapOptions:
-        compute = self.compute
+        wish, free = self.compute.swap, free_memory(self.compute.device)
         plan = cache(lambda: self._plan(largest))
-
-        def needed(num_blocks: int, offload: bool) -> int:
-            options = replace(plan().options, num_blocks=num_blocks, offload=offload)
-            return max(stage.num_bytes for stage in plan().denoising(options))
-
-        return choose_swap(compute.swap, self._empty.config, free=free_memory(compute.device), needed=needed)
+        return choose_swap(wish, self._empty.limits, free=free, needed=lambda *choice: plan().needed(*choice))
 
     @contextmanager
     def encoder(self) -> Iterator[Encode]:

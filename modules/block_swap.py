@@ -202,10 +202,9 @@ def swapped_layers(
     """(number of the block, its linear layers that come and go) for each swapped block; and what of `prepare` does."""
     prepare_layers = [] if options.invariant == "with their blocks" else list(transformer.prepare_layers)
     elsewhere = {linear for layer in prepare_layers for linear in _linears(layer)}
-    swapped, first = [], 0
-    for blocks, count in zip(transformer.block_lists, options.counts, strict=True):
-        swapped += [(first + index, blocks[index]) for index in evenly_spaced(count, len(blocks))]
-        first += len(blocks)
+    every = [block for blocks in transformer.block_lists for block in blocks]
+    numbers = swapped_numbers(options.counts, [len(blocks) for blocks in transformer.block_lists])
+    swapped = [(number, every[number]) for number in numbers]
     own = [(number, [linear for linear in _linears(block) if linear not in elsewhere]) for number, block in swapped]
     if options.invariant == "all":
         return own, prepare_layers
@@ -242,6 +241,20 @@ def device_bytes(transformer: Swappable, options: SwapOptions, dtype: torch.dtyp
     stays = sum(size(name, tensor) for name, tensor in transformer.state_dict().items() if name not in in_ram)
     blocks, prepare = swapped_layers(transformer, options)
     return stays + slots(layers for _, layers in blocks) + slots(_linears(layer) for layer in prepare)
+
+
+def swapped_numbers(counts: Iterable[int], lengths: Iterable[int]) -> list[int]:
+    """Which of a model's blocks are swapped, numbered through its lists.
+
+    Args:
+        counts: how many of each list.
+        lengths: of the lists.
+    """
+    found, first = [], 0
+    for count, length in zip(counts, lengths, strict=True):
+        found += [first + index for index in evenly_spaced(count, length)]
+        first += length
+    return found
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:

@@ -15,6 +15,8 @@ from typing import Generic, TypeVar
 from options.memory_size import MemorySize
 
 Options = TypeVar("Options")
+NOT_COUNTED = "the driver's share, work space of kernels, gaps between allocations"
+"""Of a device's memory."""
 LINE = 118
 """Characters; longer ones are wrapped."""
 

@@ -11,23 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from frame_pack.config import FramePackConfig
 from frame_pack.context import PackedContext, one_frame_context
-from frame_pack.costs import (
-    Kept,
-    Tokens,
-    Work,
-    backward_bytes,
-    context_of,
-    kept_bytes,
-    prepare_bytes,
-    prepare_flops,
-    prepared_bytes,
-    step_bytes,
-    step_flops,
-)
+from frame_pack.costs import FramePackCosts, Tokens, context_of
 from frame_pack.model import Conditioning, FramePackTransformer, Prepared, StepInputs
 from modules.checkpointing import Checkpointing
 from modules.plan import Flops, training_flops
 from modules.rope import Rope
+from modules.transformer_plan import Kept, Work
 from networks.lora_framepack import create_network
 from options.fpack_request import FramePackRequestFlags
 from options.one_frame import OneFrameOptions
@@ -45,6 +34,10 @@ SMALL = FramePackConfig(
 PUBLISHED = FramePackConfig()
 SHORT = replace(PUBLISHED, num_double_blocks=2, num_single_blocks=3)
 """Of the published width; the blocks are all alike."""
+
+
+def costs(config: FramePackConfig, tokens: Tokens) -> FramePackCosts:
+    return FramePackCosts(config=config, tokens=tokens)
 
 
 def transformer_of(config: FramePackConfig, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -122,7 +115,7 @@ def test_operations_of_a_step_are_those_that_torch_counts() -> None:
     tokens = Tokens.of(context, num_text=7, num_image=11)
     prepared = transformer.prepare(conditioning_of(SMALL, context, num_text=7), torch.ones(3, 1))
     latents = torch.zeros(1, 16, 1, 8, 12)
-    assert counted(lambda: transformer.step(latents, prepared, 1)) == step_flops(SMALL, tokens)
+    assert counted(lambda: transformer.step(latents, prepared, 1)) == costs(SMALL, tokens).step_flops()
 
 
 @pytest.mark.parametrize(("num_steps", "num_text"), [(1, 7), (5, 9)])
@@ -131,7 +124,7 @@ def test_operations_of_preparing_are_those_that_torch_counts(num_steps: int, num
     tokens = Tokens.of(context, num_text=num_text, num_image=11)
     conditioning = conditioning_of(SMALL, context, num_text=num_text)
     found = counted(lambda: transformer.prepare(conditioning, torch.ones(num_steps, 1)))
-    assert found == prepare_flops(SMALL, tokens, num_steps=num_steps)
+    assert found == costs(SMALL, tokens).prepare_flops(num_steps=num_steps)
 
 
 def test_operations_of_a_batch_are_those_that_torch_counts() -> None:
@@ -143,7 +136,7 @@ def test_operations_of_a_batch_are_those_that_torch_counts() -> None:
     transformer, tokens = transformer_of(SMALL), Tokens.of(context, num_text=7, num_image=11)
     conditioning = conditioning_of(SMALL, context, num_text=7, batch=2)
     found = counted(lambda: transformer(like, torch.ones(2), conditioning))
-    wanted = step_flops(SMALL, tokens, batch=2) + prepare_flops(SMALL, tokens, batch=2)
+    wanted = costs(SMALL, tokens).step_flops(batch=2) + costs(SMALL, tokens).prepare_flops(batch=2)
     assert found.total == wanted.total  # torch batches some linear layers, too
 
 
@@ -163,14 +156,30 @@ def test_figures_are_the_published_ones(case: str) -> None:
     groups, (linear, attention), (with_checkpoints, without), kept = CASES[case]
     names = ("target", "clean", "clean_2x", "clean_4x")
     tokens = Tokens(**dict(zip(names, groups, strict=True)), image=729, text=100)
-    step, prepared = step_flops(PUBLISHED, tokens), prepare_flops(PUBLISHED, replace(tokens, text=512))
+    step, prepared = costs(PUBLISHED, tokens).step_flops(), costs(PUBLISHED, replace(tokens, text=512)).prepare_flops()
     assert (step + prepared).linear / 1e12 == pytest.approx(linear, abs=0.06)
     assert step.attention / 1e12 == pytest.approx(attention, abs=0.06)
     for recomputed, wanted in ((1, with_checkpoints), (0, without)):
         # Which has what adapters of rank 32 compute in it, some 4 TFLOP at c0.
         assert training_flops(step, recomputed=recomputed).total / 1e12 == pytest.approx(wanted, rel=0.03)
     every = Kept(checkpointed=frozenset(range(60)))
-    assert kept_bytes(PUBLISHED, tokens, Work(itemsize=2), every) / 1e9 == pytest.approx(kept, abs=0.15)
+    assert costs(PUBLISHED, tokens).kept_bytes(Work(itemsize=2), every) / 1e9 == pytest.approx(kept, abs=0.15)
+
+
+def test_rows_are_those_that_go_through_a_layer() -> None:
+    context, transformer = context_with(height=8, width=12), transformer_of(SMALL)
+    tokens = Tokens.of(context, num_text=7, num_image=11)
+    network, found = create_network(transformer, dim=1, alpha=1.0, args={}), {}
+    for path in network.adapters:
+
+        def note(layer: torch.nn.Linear, given: tuple[Tensor, ...], path: str = path) -> None:
+            found[path] = given[0].numel() // layer.in_features
+
+        transformer.get_submodule(path).register_forward_pre_hook(note)
+    prepared = transformer.prepare(conditioning_of(SMALL, context, num_text=7), torch.ones(1, 1))
+    transformer.step(torch.zeros(1, 16, 1, 8, 12), prepared, 0)
+    assert found == {path: costs(SMALL, tokens).num_rows(path) for path in network.adapters}
+    assert set(found.values()) == {tokens.texts, tokens.pictures, tokens.total}
 
 
 # ---- bytes ----
@@ -213,7 +222,7 @@ def test_bytes_of_a_step_are_those_that_are_alive(tokens: Tokens, dtype: torch.d
     latents = latents_on_meta(tokens)
     with torch.no_grad(), LiveBytes() as live:
         transformer.step(latents, prepared, 0)
-    assert step_bytes(SHORT, tokens, Work(itemsize=dtype.itemsize)) == pytest.approx(live.peak, rel=0.02)
+    assert costs(SHORT, tokens).step_bytes(Work(itemsize=dtype.itemsize)) == pytest.approx(live.peak, rel=0.02)
 
 
 @pytest.mark.parametrize("num_steps", [1, 6])
@@ -224,8 +233,8 @@ def test_bytes_of_preparing_are_those_that_are_alive(num_steps: int) -> None:
     with torch.no_grad(), LiveBytes() as live:
         prepared = transformer.prepare(conditioning, torch.ones(num_steps, 1))
     work = Work(itemsize=4, num_steps=num_steps)
-    assert prepared is not None and prepared_bytes(SMALL, tokens, work) == pytest.approx(live.now, rel=0.05)
-    assert prepare_bytes(SMALL, tokens, work) == pytest.approx(live.peak, rel=0.15)
+    assert prepared is not None and costs(SMALL, tokens).prepared_bytes(work) == pytest.approx(live.now, rel=0.05)
+    assert costs(SMALL, tokens).prepare_bytes(work) == pytest.approx(live.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("num_checkpointed", [0, 3, 5])
@@ -244,16 +253,20 @@ def test_bytes_of_training_are_those_that_are_alive(num_checkpointed: int, token
         loss.backward()
     kept, work = Kept(checkpointed=frozenset(range(num_checkpointed))), Work(itemsize=2)
     gradients = 2 * sum(parameter.numel() for parameter in network.parameters())
-    counted_kept = kept_bytes(SHORT, tokens, work, kept)
+    counted_kept = costs(SHORT, tokens).kept_bytes(work, kept)
     assert counted_kept == pytest.approx(kept_by_torch, rel=0.03)
-    assert counted_kept + backward_bytes(SHORT, tokens, work, kept) == pytest.approx(live.peak, rel=0.06, abs=gradients)
+    assert counted_kept + costs(SHORT, tokens).backward_bytes(work, kept) == pytest.approx(
+        live.peak, rel=0.06, abs=gradients
+    )
 
 
 def test_blocks_that_keep_less_take_less() -> None:
     work, sizes = Work(itemsize=2, batch=2), []
     for number in range(61):
-        sizes.append(kept_bytes(PUBLISHED, C0, work, Kept(checkpointed=frozenset(range(number)))))
-    in_ram = kept_bytes(PUBLISHED, C0, work, Kept(checkpointed=frozenset(range(60)), in_ram=True))
+        sizes.append(costs(PUBLISHED, C0).kept_bytes(work, Kept(checkpointed=frozenset(range(number)))))
+    in_ram = costs(PUBLISHED, C0).kept_bytes(work, Kept(checkpointed=frozenset(range(60)), in_ram=True))
     assert sizes == sorted(sizes, reverse=True) and in_ram < sizes[-1] / 3
-    assert sizes[0] == pytest.approx(2 * kept_bytes(PUBLISHED, C0, replace(work, batch=1), Kept()), rel=1e-6)
-    assert math.isclose(step_bytes(PUBLISHED, C0, replace(work, unpacked=7)) - step_bytes(PUBLISHED, C0, work), 7)
+    assert sizes[0] == pytest.approx(2 * costs(PUBLISHED, C0).kept_bytes(replace(work, batch=1), Kept()), rel=1e-6)
+    assert math.isclose(
+        costs(PUBLISHED, C0).step_bytes(replace(work, unpacked=7)) - costs(PUBLISHED, C0).step_bytes(work), 7
+    )

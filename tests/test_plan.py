@@ -12,13 +12,15 @@ import torch
 import fpack_generate_video
 import fpack_train_network
 from frame_pack.config import FramePackConfig
-from frame_pack.costs import Tokens, Work, context_of, prepared_bytes, step_bytes, step_flops
-from frame_pack.plan import EmptyTransformers, GenerationPlan, MemoryOptions, PlannedTypes, PromptLength
-from frame_pack.swapping import SwapWish
-from frame_pack.training_plan import TrainedBatch, TrainedNumbers, TrainingPlan, TrainOptions
+from frame_pack.costs import FramePackCosts, Tokens, context_of
+from frame_pack.plan import GenerationPlan, MemoryOptions, PromptLength, empty_transformers
 from hunyuan_model.memory import VaeWork, decode_bytes, llama_weights
 from modules.block_swap import SwapOptions
+from modules.denoising_plan import Denoising
 from modules.plan import Change, Stage, find_fit, shown_bytes, shown_flops
+from modules.swapping import SwapWish
+from modules.training_plan import TrainedBatch, TrainedNumbers, TrainingPlan, TrainOptions
+from modules.transformer_plan import EmptyTransformers, Work
 from options.fpack_request import FramePackRequestFlags
 from options.memory_size import MemorySize
 from options.swap_count import SwapCount
@@ -26,7 +28,8 @@ from tests.published import published_models, published_shapes, published_transf
 from tests.training_driver import write_workshop
 
 NEVER = SwapWish(blocks=SwapCount(), offload_invariant="never")
-C0 = Tokens(target=1600, clean=1600, clean_2x=0, clean_4x=0, image=729, text=100)
+TOKENS = Tokens(target=1600, clean=1600, clean_2x=0, clean_4x=0, image=729, text=100)
+C0 = FramePackCosts(config=FramePackConfig(), tokens=TOKENS)
 
 
 # ---- sizes ----
@@ -113,7 +116,7 @@ ONCE = re.compile(
 
 @pytest.fixture(scope="module")
 def transformers() -> EmptyTransformers:
-    return EmptyTransformers(published_transformer(), None, torch.bfloat16)
+    return empty_transformers(published_transformer(), None, torch.bfloat16)
 
 
 def test_weights_are_as_large_as_published(transformers: EmptyTransformers) -> None:
@@ -134,15 +137,15 @@ def test_weights_are_as_large_as_published(transformers: EmptyTransformers) -> N
 
 def plan_of(transformers: EmptyTransformers, *, swap: SwapWish = NEVER, options=None, **flags) -> GenerationPlan:
     given = {"prompt": "猫", "video_size": (640, 640), "one_frame_inference": "no_2x,no_4x,no_post"} | flags
+    request = FramePackRequestFlags(**given).resolve(image_size=lambda path: (640, 640))
+    work = {"num_steps": request.num_steps, "num_passes": 2 if request.uses_cfg else 1}
     return GenerationPlan(
         files=published_models(),
-        request=FramePackRequestFlags(**given).resolve(image_size=lambda path: (640, 640)),
-        tokens=C0,
+        request=request,
         prompt=PromptLength(num_rows=100, num_prefix=95),
-        types=PlannedTypes(transformer=torch.bfloat16, encoders=torch.float16),
-        swap=swap,
+        section=Denoising(transformers=transformers, costs=C0, swap=swap, **work),
         options=options or MemoryOptions(),
-        transformers=transformers,
+        encoder_dtype=torch.float16,
     )
 
 
@@ -210,25 +213,15 @@ def test_longer_videos_take_more_operations_and_sections_decode_in_windows(trans
 # ---- training ----
 
 
-class Target:
-    """A cache's layout."""
-
-    stacked = ()
-
-    def shape(self, content: str) -> tuple[int, ...]:
-        return (16, 1, 80, 80)
-
-
 def training_plan(transformers: EmptyTransformers, **options) -> TrainingPlan:
     return TrainingPlan(
         transformers=transformers,
-        batch=TrainedBatch(tokens=C0, size=1, layout=Target()),
+        batch=TrainedBatch(costs=C0, size=1, latents=(16, 1, 80, 80)),
         # About what rank 32 has in a block, at a layer that sees all tokens.
         numbers=TrainedNumbers(
             by_layer={f"single_transformer_blocks.{i}.proj_mlp": 137_600_000 // 60 for i in range(60)}, state_bytes=8
         ),
-        dtype=torch.bfloat16,
-        swap=SwapWish(blocks=SwapCount(), for_training=True),
+        swap=SwapWish(for_training=True),
         options=TrainOptions(**options),
         num_steps=100,
         batches_per_step=2,
@@ -266,7 +259,7 @@ def test_training_fits_by_what_costs_least(transformers: EmptyTransformers) -> N
 
 def test_swapped_blocks_count_as_checkpointed(transformers: EmptyTransformers) -> None:
     plan = training_plan(transformers, num_blocks=4)
-    kept = plan.options.kept(transformers.config)
+    kept = plan.options.kept(transformers.limits)
     assert len(kept.checkpointed) == 2 + 5
     assert parts_of(plan)["kept"] < parts_of(training_plan(transformers))["kept"]
     assert parts_of(plan)["weights"] < 25.75e9 - 1e9
@@ -335,6 +328,7 @@ def test_a_training_is_planned_without_weights(no_weights, tmp_path: Path, capsy
     assert fpack_train_network.main(argv) == 0
     said = capsys.readouterr().out
     assert "the largest batch: 2 items of 32x48, 1 latent frame; 6 steps; transformer in bfloat16" in said
+    assert "target 6, clean 12, 2x 0, 4x 0, image 7, text " in said
     assert "in 1GB\n  fits: at most" in said and "million numbers are trained" in said
     assert not list(out.rglob("*.safetensors"))
 
@@ -352,7 +346,7 @@ def rows(first_header: str, second_header: str) -> list[list[str]]:
 
 
 def test_figures_of_steps_in_the_guide_are_computed() -> None:
-    config, work = FramePackConfig(), Work(itemsize=2, num_steps=25)
+    work = Work(itemsize=2, num_steps=25)
     found = rows("what", "size")
     for what, size, *wanted in found:
         options = re.search(r"`(.*)`", what)
@@ -362,8 +356,8 @@ def test_figures_of_steps_in_the_guide_are_computed() -> None:
         )
         request = flags.resolve(image_size=lambda path: (640, 640))
         tokens = Tokens.of(context_of(request), num_text=100)
-        flops = step_flops(config, tokens)
-        memory = prepared_bytes(config, tokens, work) + step_bytes(config, tokens, work)
+        costs = FramePackCosts(config=FramePackConfig(), tokens=tokens)
+        flops, memory = costs.step_flops(), costs.prepared_bytes(work) + costs.step_bytes(work)
         shown = [str(tokens.total), shown_flops(flops.linear), shown_flops(flops.attention), shown_bytes(memory)]
         assert wanted == shown
     assert len(found) == 6
@@ -387,8 +381,8 @@ def test_what_options_save_in_the_guide_is_computed(transformers: EmptyTransform
     llama = published_models().llama
     whole, eight = (llama_weights(llama, itemsize=2, fp8=fp8) for fp8 in (False, True))
     kept = [training_plan(transformers, num_checkpointed=n) for n in (0, 60)]
-    tokens = replace(C0, text=256)
-    kept = [parts_of(replace(plan, batch=replace(plan.batch, tokens=tokens)))["kept"] for plan in kept]
+    costs = replace(C0, tokens=replace(TOKENS, text=256))
+    kept = [parts_of(replace(plan, batch=replace(plan.batch, costs=costs)))["kept"] for plan in kept]
     saved = {
         "`--offload_invariant always`": stays("off", "none") - stays("off", "all"),
         "`--fp8_scaled`": stays("off", "none") - stays("scaled", "none"),
@@ -399,4 +393,4 @@ def test_what_options_save_in_the_guide_is_computed(transformers: EmptyTransform
     told = {option: saves for option, saves, _ in rows("option", "saves")}
     for option, size in saved.items():
         assert float(told[option].split(" GB")[0]) == pytest.approx(size / 1e9, abs=0.06), option
-    assert tokens.total == 4185
+    assert costs.tokens.total == 4185

@@ -18,9 +18,10 @@ from frame_pack import loading
 from frame_pack import pipeline as pipeline_module
 from frame_pack.config import FramePackConfig
 from frame_pack.pipeline import Compute, FramePackPipeline
-from frame_pack.swapping import SwapWish, block_counts, check_swap, choose_swap, most_blocks
+from frame_pack.swapping import swap_limits
 from modules.block_swap import SwapOptions
 from modules.checkpointing import Checkpointing
+from modules.swapping import SwapLimits, SwapWish, check_swap, choose_swap
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags
@@ -30,8 +31,8 @@ from tests.training_driver import NAME, Workshop, metadata, repeatable, train, t
 
 GB = 10**9
 AUTO = SwapCount(value=None)
-PUBLISHED = FramePackConfig()
-SMALL = FramePackConfig(num_double_blocks=2, num_single_blocks=2)
+PUBLISHED = swap_limits(FramePackConfig())
+SMALL = swap_limits(FramePackConfig(num_double_blocks=2, num_single_blocks=2))
 
 
 # ---- how many ----
@@ -39,25 +40,25 @@ SMALL = FramePackConfig(num_double_blocks=2, num_single_blocks=2)
 
 def test_requested_blocks_are_counted_as_the_facts_say() -> None:
     """n requested: n // 2 double blocks, (n - double) * 2 + 1 single ones."""
-    assert [block_counts(n, PUBLISHED) for n in (0, 1, 2, 20, 36, 37, 38)] == [
+    assert [PUBLISHED.counts(n) for n in (0, 1, 2, 20, 36, 37, 38)] == [
         *((0, 0), (0, 3), (1, 3), (10, 21), (18, 37), (18, 39), (19, 39))
     ]
     for number in range(1, 39):
-        double, single = block_counts(number, PUBLISHED)
+        double, single = PUBLISHED.counts(number)
         assert double == number // 2 <= 19 and single == (number - double) * 2 + 1 <= 39
-    assert [block_counts(n, SMALL) for n in (1, 2, 3)] == [(0, 2), (1, 2), (1, 2)]
+    assert [SMALL.counts(n) for n in (1, 2, 3)] == [(0, 2), (1, 2), (1, 2)]
 
 
 def test_the_limits_are_the_facts_and_less_for_smaller_models() -> None:
-    assert (most_blocks(PUBLISHED, for_training=False), most_blocks(PUBLISHED, for_training=True)) == (38, 36)
-    assert (most_blocks(SMALL, for_training=False), most_blocks(SMALL, for_training=True)) == (3, 3)
-    for config, for_training, most in [(PUBLISHED, False, 38), (PUBLISHED, True, 36), (SMALL, True, 3)]:
-        check_swap(SwapWish(blocks=SwapCount(value=most), for_training=for_training), config)
-        check_swap(SwapWish(blocks=AUTO, for_training=for_training), config)
+    assert (PUBLISHED.most_in_generation, PUBLISHED.most_in_training) == (38, 36)
+    assert (SMALL.most_in_generation, SMALL.most_in_training) == (3, 3)
+    for limits, for_training, most in [(PUBLISHED, False, 38), (PUBLISHED, True, 36), (SMALL, True, 3)]:
+        check_swap(SwapWish(blocks=SwapCount(value=most), for_training=for_training), limits)
+        check_swap(SwapWish(blocks=AUTO, for_training=for_training), limits)
         with pytest.raises(
             UserError, match=rf"^--blocks_to_swap: got {most + 1}; expected at most {most} in "
         ) as error:
-            check_swap(SwapWish(blocks=SwapCount(value=most + 1), for_training=for_training), config)
+            check_swap(SwapWish(blocks=SwapCount(value=most + 1), for_training=for_training), limits)
         assert "\n" not in str(error.value)
 
 
@@ -87,7 +88,7 @@ def test_then_as_few_blocks_as_it_takes() -> None:
     automatic = SwapWish(blocks=AUTO, offload_invariant="auto")
     assert [chosen(free, automatic) for free in (22, 16, 12)] == [(1, "all"), (6, "all"), (10, "all")]
     options = choose_swap(automatic, PUBLISHED, free=12 * GB, needed=needs(28, 0.5, 7))
-    assert options.counts == block_counts(21, PUBLISHED)
+    assert options.counts == PUBLISHED.counts(21)
     never = SwapWish(blocks=AUTO, offload_invariant="never")
     assert chosen(22.5, never) == (7, "none")
     assert chosen(22.5, SwapWish(blocks=AUTO, for_training=True)) == (7, "of swapped blocks")
@@ -112,10 +113,21 @@ def test_where_nobody_knows_the_memory_nothing_is_swapped(caplog) -> None:
 def test_what_does_not_fit_even_so_is_said(caplog) -> None:
     wish = SwapWish(blocks=AUTO, offload_invariant="auto")
     options = choose_swap(wish, PUBLISHED, free=2 * GB, needed=needs(28, 0.5, 7))
-    assert options.counts == block_counts(38, PUBLISHED) and options.invariant == "all"
+    assert options.counts == PUBLISHED.counts(38) and options.invariant == "all"
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "the transformer and its work take about 2.0 GB, and 2.0 GB are free: it may not fit"
     ]
+
+
+def test_a_model_with_one_list_of_blocks_counts_them_as_they_are(caplog) -> None:
+    caplog.set_level(logging.INFO)
+    limits = SwapLimits(lists={"all": 40}, counts=lambda n: (n,), most_in_generation=39, most_in_training=30)
+    options = choose_swap(SwapWish(blocks=AUTO), limits, free=22 * GB, needed=needs(28, 0.5, 0))
+    assert options.counts == (16,) and caplog.messages == ["--blocks_to_swap auto: 16"]
+    assert limits.numbers(10) == [2, 6, 10, 14, 18, 22, 26, 30, 34, 38]
+    check_swap(SwapWish(blocks=SwapCount(value=39)), limits)
+    with pytest.raises(UserError, match="at most 30 in training"):
+        check_swap(SwapWish(blocks=SwapCount(value=39), for_training=True), limits)
 
 
 # ---- the flags ----
@@ -225,7 +237,7 @@ def test_auto_counts_what_the_largest_request_takes(models, material, tmp_path, 
         return choose(*arguments, needed=needed, **rest)
 
     monkeypatch.setattr(pipeline_module, "choose_swap", spy)
-    monkeypatch.setattr("frame_pack.swapping.RESERVE", 0)
+    monkeypatch.setattr("modules.swapping.RESERVE", 0)
     for number, share in enumerate((1.2, 0.9, 0.3)):
         monkeypatch.setattr(pipeline_module, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
         more = ["--blocks_to_swap", "auto"]
@@ -298,10 +310,10 @@ def test_auto_looks_at_the_batches_the_network_and_the_optimizer(workshop, tmp_p
     seen: list[SwapOptions] = []
     sizes: list[int] = []
 
-    def spy(wish, config, *, free, needed):
+    def spy(wish, limits, *, free, needed):
         assert free == 5 * GB
         sizes.append(needed(0, False))
-        seen.append(choose_swap(wish, config, free=0.8 * sizes[-1] + 2 * 2**29, needed=needed))
+        seen.append(choose_swap(wish, limits, free=0.8 * sizes[-1] + 2 * 2**29, needed=needed))
         return seen[-1]
 
     monkeypatch.setattr("frame_pack.architecture.choose_swap", spy)

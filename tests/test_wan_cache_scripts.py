@@ -189,7 +189,7 @@ def test_flf2v_shows_both_ends_of_every_clip(tmp_path, wan_encoders, latents_of,
     config = video_set(tmp_path, {"v": 12}, fps=16, target_frames=[1, 5], frame_extraction="chunk")
     assert cache(config, wan_encoders, "--flf2v") == 0
     assert list(files(tmp_path / "cache")) == [f"v_0000{i}-005_0032x0032_wan.safetensors" for i in (0, 5)]
-    assert "1 frames are too few for --flf2v" in report.text
+    assert "clips of 1 are too short for --flf2v" in report.text
     stored = read_cache(tmp_path / "cache" / "v_00005-005_0032x0032_wan.safetensors")
     frames = frames_of(tmp_path / "videos" / "v.mp4", 10)[5:]
     shown = latents_of(shown_clip([frames[0], None, None, None, frames[4]]))[0]

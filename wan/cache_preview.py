@@ -70,11 +70,11 @@ def clip_cells(sample: Sample, mode: Mode) -> list[Cell]:
     given = _given_frames(num_latents, mode)
     cells = []
     for number in _shown(len(frames), MAX_FRAMES):
-        label = f"frame {number}"
-        if number == 0:
-            label += f" of {len(frames)}, {num_latents} latents"
+        label = f"frame {number}" if num_latents > 1 else "image"
         if number in given:
             label += ": given, seen by CLIP too"
+        if number == 0 and num_latents > 1:
+            label += f"; frames: {len(frames)}, latents: {num_latents}"
         cells.append((label, Image.fromarray(frames[number])))
     if sample.controls:
         cells.append(("control", Image.fromarray(sample.controls[0].rgb)))

@@ -80,7 +80,7 @@ class WanCacheRules:
 
     def trim(self, length: int, dataset: VideoDataset) -> Trim:
         if self.mode == "flf2v" and length < SHORTEST_FLF2V:
-            note = f"{length} frames are too few for --flf2v, which needs {SHORTEST_FLF2V}"
+            note = f"clips of {length} are too short for --flf2v, which needs {SHORTEST_FLF2V} frames"
             return Trim(num_sections=0, length=0, note=note)
         used = whole_latents(length)
         note = f"{length} frames cut to {used}, as clips have 4n + 1 frames" if used < length else None

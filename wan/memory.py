@@ -13,9 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.weights import Checkpoint
-from modules.weight_sizes import weights_with_fp8
 from options.geometry import FRAMES_PER_LATENT
-from wan.text_encoder import FP8_LAYERS
 from wan.vae import encoder_stages
 
 COLOURS = 3
