@@ -63,6 +63,13 @@ class Layout:
         """The names of everything that an item holds."""
         return frozenset(self.varlen).union(name for name, _, _ in self.stacked)
 
+    def check_contents(self, needed: Iterable[str]) -> None:
+        """Raises UserError when an item lacks any of this."""
+        for name in needed:
+            if name not in self.contents:
+                got, expected = f"caches without {name}", f"caches with {name}"
+                raise UserError("--dataset_config", got, expected, "run both caching scripts")
+
     def shape(self, content: str) -> tuple[int, ...]:
         """Of something that is stacked."""
         return next(shape for name, shape, _ in self.stacked if name == content)

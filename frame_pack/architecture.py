@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from common.device import free_memory
 from common.weights import Checkpoint
-from dataset.cached_items import CachingScripts
+from dataset.cached_items import CachingScripts, Layout
 from dataset.training_dataset import TrainBatch, TrainingDataset
 from frame_pack.cached_context import FEATURES, from_batch
 from frame_pack.config import FAMILY, FramePackConfig
@@ -24,15 +23,13 @@ from frame_pack.training_rules import FramePackTrainingRules
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
 from modules.flow_matching import NUM_TIMESTEPS
-from modules.swapping import SwapWish, check_swap, choose_swap
+from modules.swapping import SwapWish, check_swap
 from modules.training_plan import TrainedNumbers, TrainingPlan, TrainOptions
 from networks.lora_merge import LoraMerge
 from networks.network import Network
-from options.errors import UserError
 from options.flags_fpack_train import FramePackTrainFlags
 from options.fpack_request import FramePackRequestFlags
 from options.geometry import FRAMEPACK_FPS
-from options.memory_size import MemorySize
 
 TEXT, TEXT_MASK, POOLED = "llama_vec", "llama_attention_mask", "clip_l_pooler"
 NEEDED = ("latents", "latent_indices", "latents_clean", "clean_latent_indices", FEATURES, TEXT, TEXT_MASK, POOLED)
@@ -88,38 +85,9 @@ class FramePackArchitecture:
         self._execution.apply_to(transformer)
         return transformer
 
-    def plan_swap(
-        self,
-        dataset: TrainingDataset,
-        network: Network,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        state_bytes: float,
-        merge: LoraMerge,
-    ) -> SwapOptions:
-        plan = self._plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
-        return choose_swap(plan.swap, plan.transformers.limits, free=free_memory(device), needed=plan.needed)
-
-    def describe_cost(
-        self,
-        dataset: TrainingDataset,
-        network: Network,
-        *,
-        dtype: torch.dtype,
-        state_bytes: float,
-        num_steps: int,
-        batches_per_step: int,
-        merge: LoraMerge,
-        size: MemorySize,
-    ) -> str:
-        plan = self._plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
-        return replace(plan, num_steps=num_steps, batches_per_step=batches_per_step).text(size)
-
-    def _plan(
+    def training_plan(
         self, dataset: TrainingDataset, network: Network, *, dtype: torch.dtype, state_bytes: float, merge: LoraMerge
     ) -> TrainingPlan:
-        """For one step of one batch."""
         memory, config = self.flags.memory, FramePackConfig.from_checkpoint(self.checkpoint)
         return TrainingPlan(
             transformers=empty_transformers(self.checkpoint, merge, dtype),
@@ -133,11 +101,12 @@ class FramePackArchitecture:
         """On the meta device: what a network can be tried on before weights are loaded."""
         return build_transformer(self.checkpoint, fp8=self.flags.memory.fp8_mode)
 
-    def check_batch(self, contents: frozenset[str]) -> None:
+    def check_batch(self, layout: Layout) -> None:
         """Raises UserError for caches that lack what the transformer is to be shown."""
-        if missing := [name for name in NEEDED if name not in contents]:
-            expected = f"caches with {missing[0]}"
-            raise UserError("--dataset_config", f"caches without {missing[0]}", expected, "run both caching scripts")
+        layout.check_contents(NEEDED)
+
+    def loss_weights(self, batch: TrainBatch) -> None:
+        """All frames that are trained are to be made."""
 
     def predict_velocity(self, transformer: nn.Module, noisy: Tensor, sigmas: Tensor, batch: TrainBatch) -> Tensor:
         return predict_velocity(transformer, noisy, sigmas, batch, distilled_guidance=self.distilled_guidance)

@@ -12,6 +12,7 @@ takes no memory in between.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -222,16 +223,21 @@ def swapped_names(transformer: Swappable, options: SwapOptions) -> frozenset[str
     return frozenset(f"{path}.{name}" for path, layer in named for _, name in _weights([layer]))
 
 
-def device_bytes(transformer: Swappable, options: SwapOptions, dtype: torch.dtype) -> int:
+def device_bytes(
+    transformer: Swappable, options: SwapOptions, dtype: torch.dtype, float32: re.Pattern[str] | None = None
+) -> int:
     """Of weights and slots, when the transformer, which may be on the meta device, is loaded so.
 
     Args:
         dtype: of what is not stored in 8 bits.
+        float32: names of what is float32 instead; none of it comes and goes.
     """
 
     def size(name: str, tensor: Tensor) -> int:
-        is_stored_so = tensor.dtype.itemsize == 1 or name.endswith(SCALE)
-        return tensor.numel() * (tensor.dtype if is_stored_so else dtype).itemsize
+        if tensor.dtype.itemsize == 1 or name.endswith(SCALE):
+            return tensor.numel() * tensor.dtype.itemsize
+        is_float32 = float32 is not None and float32.fullmatch(name)
+        return tensor.numel() * (torch.float32 if is_float32 else dtype).itemsize
 
     def slots(units: Iterable[Iterable[nn.Linear]]) -> int:
         units = [sum(size(name, getattr(layer, name)) for layer, name in _weights(unit)) for unit in units]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -50,6 +50,11 @@ def plan_guidance(num_steps: int, cfg_scale: float, options: GuidanceOptions) ->
     applied = enumerate(cfg_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps))
     plain = StepGuidance()
     return tuple(_with_cfg(cfg_scale, slg if step in skipping else None) if cfg else plain for step, cfg in applied)
+
+
+def needs_negative(steps: Iterable[StepGuidance]) -> bool:
+    """Whether any pass is told the negative prompt."""
+    return any(name != "positive" for step in steps for name in step.passes)
 
 
 def _with_cfg(cfg_scale: float, slg: SkipLayers | None) -> StepGuidance:

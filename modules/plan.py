@@ -233,8 +233,9 @@ def report(plan: RunPlan, verdict: Sequence[str] = ()) -> str:
     lines += ["tokens", f"  {sum(plan.tokens.values())}: {groups}", "operations"]
     width = max(len(name) for name, _ in plan.compute)
     for name, flops in plan.compute:
-        parts = f"linear {shown_flops(flops.linear)} + attention {shown_flops(flops.attention)}"
-        lines.append(f"  {name:<{width}}  {shown_flops(flops.total):>12} = {parts}")
+        parts = [("linear", flops.linear), ("attention", flops.attention)]
+        shown = " + ".join(f"{what} {shown_flops(count)}" for what, count in parts if count)
+        lines.append(f"  {name:<{width}}  {shown_flops(flops.total):>12} = {shown}")
     lines.append("memory of the device")
     width = max(len(stage.name) for stage in plan.stages)
     most = max(plan.stages, key=lambda stage: stage.num_bytes)
@@ -278,4 +279,6 @@ def shown_bytes(size: int) -> str:
 
 
 def shown_flops(count: int) -> str:
+    if count >= 10**16:
+        return f"{count / 1e15:.1f} PFLOP"
     return f"{count / 1e12:.1f} TFLOP" if count >= 10**11 else f"{count / 1e9:.1f} GFLOP"

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modules.flow_matching import NUM_TIMESTEPS, shifted
+from options.flags_generate import SolverName
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-SolverName = Literal["unipc", "dpm++", "vanilla"]
 Predict = Callable[[Tensor, int], Tensor]
 """(x, step) → the velocity in x, as predicted by a model that is told `timesteps[step]`."""
 Advance = Callable[[Tensor, Tensor, int], Tensor]

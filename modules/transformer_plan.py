@@ -5,6 +5,7 @@ What a plan can do about both is here, too, where it is the same for every model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -101,11 +102,19 @@ class EmptyTransformers:
     Args:
         build: makes it for a mode, a `Swappable` on the meta device; raises UserError where its file cannot be used so.
         dtype: that it is going to compute in.
+        float32: names of tensors that are kept in float32 all the same.
     """
 
-    def __init__(self, build: Callable[[Fp8Mode], nn.Module], *, limits: SwapLimits, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        build: Callable[[Fp8Mode], nn.Module],
+        *,
+        limits: SwapLimits,
+        dtype: torch.dtype,
+        float32: re.Pattern[str] | None = None,
+    ) -> None:
         self.limits, self.dtype = limits, dtype
-        self._build = build
+        self._build, self._float32 = build, float32
         self._built: dict[Fp8Mode, nn.Module] = {}
         self._placed: dict[tuple[Fp8Mode, SwapOptions], Placed] = {}
 
@@ -134,7 +143,7 @@ class EmptyTransformers:
         return self._placed[fp8, swap]
 
     def _size(self, fp8: Fp8Mode, swap: SwapOptions) -> int:
-        return device_bytes(self[fp8], swap, self.dtype)
+        return device_bytes(self[fp8], swap, self.dtype, self._float32)
 
     def unpacked(self, fp8: Fp8Mode) -> int:
         """Bytes of the largest weight in fp8 while it is made whole: in the type of its scales, then in its own."""

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from options.flag_fields import flag, later
 from options.flags_compile import CompileFlags
-from options.flags_generate import ComputeFlags, OutputFlags, SeriesFlags, VaeMemoryFlags, check_vae_memory
+from options.flags_generate import (
+    ComputeFlags,
+    OutputFlags,
+    SeriesFlags,
+    SolverName,
+    VaeMemoryFlags,
+    check_vae_memory,
+)
 from options.flags_lora import LoraFlags
 from options.fpack_request import FramePackRequestFlags
 from options.swap_count import SwapCount
@@ -35,7 +42,7 @@ class FramePackComputeFlags(ComputeFlags, VaeMemoryFlags):
     blocks_to_swap: SwapCount = flag(
         "transformer blocks kept in RAM, up to 38, or auto: as many as it takes", default=SwapCount()
     )
-    sample_solver: Literal["unipc", "dpm++", "vanilla"] = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
+    sample_solver: SolverName = flag("sampler", default="unipc", not_yet=("dpm++", "vanilla"))
 
     recorded_types: ClassVar[Mapping[str, tuple[type, ...]]] = ComputeFlags.recorded_types | {
         "vae_spatial_tile_sample_min_size": (int, type(None)),

@@ -17,6 +17,7 @@ from options.request import GenerationRequest, ImageSize
 from options.swap_count import PINNED, SwapCount
 
 Flags = TypeVar("Flags", bound="RequestFlags")
+SolverName = Literal["unipc", "dpm++", "vanilla"]
 DEFAULT_TILE = 256
 """Pixels per side with `--vae_tiling` alone."""
 

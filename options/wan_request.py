@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self, get_args
 
 from options.errors import UserError, UserErrors
 from options.flag_fields import flag
-from options.flags_generate import RequestFlags, split_image_list
+from options.flags_generate import RequestFlags, SolverName, split_image_list
 from options.geometry import FRAMES_PER_LATENT, check_size, size_like
 from options.guidance import GuidanceOptions, SkipLayers
 from options.line_options import GENERATION_OPTIONS, INTEGER, NUMBER, SAMPLE_OPTIONS, LineOption, sample_option
@@ -27,8 +27,6 @@ from options.request_rules import (
 )
 from options.wan_guidance import WanGuidanceFlags
 from options.wan_tasks import DEFAULT_TASK, FLAG, WanTask, check_frames, find_task
-
-SolverName = Literal["unipc", "dpm++", "vanilla"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +76,6 @@ class WanRequest(GenerationRequest):
 
     def remarks(self) -> list[str]:
         found = [f"--one_frame_inference: {hint}" for hint in self.one_frame.wan_hints()] if self.one_frame else []
-        if self.one_frame is not None and not self.loras:
-            found.append("Wan's own weights repeat the control image: one-frame inference wants a LoRA trained for it")
         if self.appends_end:
             text = f"{FLAG} {self.task.name} was not trained with an end image, which makes {FRAMES_PER_LATENT} more"
             found.append(f"{text} frames; --trim_tail_frames cuts them")
@@ -122,7 +118,7 @@ class WanRequest(GenerationRequest):
         self.guidance.check()
         if not all(isinstance(prompt, str) for prompt in (self.prompt, self.negative_prompt)):
             raise TypeError("a prompt that is no text")
-        if self.solver not in ("unipc", "dpm++", "vanilla"):
+        if self.solver not in get_args(SolverName):
             raise TypeError("solver")
         if self.one_frame is not None:
             self.one_frame.resolve_wan(len(self.control_image_paths))

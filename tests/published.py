@@ -1,10 +1,14 @@
 """Checkpoints with the published tensors, described but not there: headers only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from common.weights import Checkpoint, TensorInfo
 from frame_pack.loading import FramePackCheckpoints
+from wan import image_encoder, text_encoder
+from wan import vae as wan_vae
+from wan.checkpoints import WanCheckpoints
 
 DATA = Path(__file__).parent / "data"
 CLIP_WEIGHTS, SIGLIP_WEIGHTS = 123_060_480, 413_000_000
@@ -75,3 +79,24 @@ def published_models() -> FramePackCheckpoints:
             "--image_encoder", {"all": (SIGLIP_WEIGHTS,), "embeddings.position_embedding.weight": (729, 1152)}, "F16"
         ),
     )
+
+
+def published_wan_models(name: str) -> WanCheckpoints:
+    """With that transformer, see `published_wan`, as loading them knows their tensors."""
+    t5 = {text_encoder._transformers_name(n): shape for n, shape in published_shapes("wan_umt5").items()}
+    vae = {wan_vae._diffusers_name(n, block_length=4): shape for n, shape in published_shapes("wan_vae").items()}
+    transformer = described("--dit", published_wan(name), "BF16")
+    return WanCheckpoints(
+        transformer=transformer,
+        vae=described("--vae", vae, "F32"),
+        t5=described("--t5", t5, "BF16"),
+        clip=published_wan_clip() if "img_emb.proj.1.weight" in transformer.tensors else None,
+    )
+
+
+def published_wan_clip() -> Checkpoint:
+    """The image encoder alone."""
+    shapes = published_shapes("wan_clip")
+    whole = described("--clip", {n.removeprefix("visual."): s for n, s in shapes.items() if "visual." in n}, "F16")
+    tensors = (pair for name, info in whole.tensors.items() for pair in image_encoder._in_transformers(name, info))
+    return replace(whole, tensors=dict(tensors))

@@ -429,7 +429,7 @@ def test_every_section_renews_the_preview(run, inputs, tmp_path, monkeypatch):
 
 
 def test_check_reads_everything_but_weights_and_writes_nothing(run, inputs, tmp_path, monkeypatch, caplog):
-    for module in ("common.weights", "frame_pack.loading", "hunyuan_model.text_encoders"):
+    for module in ("common.weights", "networks.transformer_loading", "hunyuan_model.text_encoders"):
         monkeypatch.setattr(f"{module}.fill", lambda *a, **k: pytest.fail("weights were loaded"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a --d 1\nb\n", encoding="utf-8")

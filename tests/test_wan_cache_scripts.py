@@ -168,6 +168,21 @@ def test_another_mode_or_type_is_encoded_again(tmp_path, wan_encoders, report) -
     assert "latents_1x4x4_float16" in cache_header(path).keys.values()
 
 
+@pytest.mark.parametrize(("name", "part"), [("vae", "vae"), ("clip", "image_encoder")])
+def test_other_weights_are_noticed(tmp_path, wan_encoders, report, name: str, part: str) -> None:
+    config = one_control(tmp_path)
+    assert cache(config, wan_encoders, "--one_frame") == 0
+    other = tmp_path / "重み"
+    shutil.copytree(getattr(wan_encoders, name) / part, other / part)
+    (weights,) = (other / part).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    report.clear()
+    assert cache(config, wan_encoders, "--one_frame", "--skip_existing", f"--{name}", other) == 0
+    assert re.search(rf"made anew \(1\): {name} is ", report.text)
+
+
 # ---- videos ----
 
 
@@ -230,15 +245,15 @@ def test_control_videos_are_cut_like_their_videos(tmp_path, wan_encoders, latent
     assert report.text.count("is repeated") == 1
 
 
-def test_a_folder_of_control_frames_has_the_rate_of_its_video(tmp_path, wan_encoders, latents_of) -> None:
-    for number in range(16):
+def test_a_folder_of_control_frames_has_the_rate_of_its_video(tmp_path, wan_encoders, latents_of, report) -> None:
+    for number in range(10):
         write_picture(tmp_path / "controls" / "v" / f"{number:02d}.png", number, (32, 32))
     config = video_set(tmp_path, {"v": 16}, fps=32, control_directory=tmp_path / "controls")
     assert cache(config, wan_encoders) == 0
     stored = read_cache(tmp_path / "cache" / "v_00000-005_0032x0032_wan.safetensors")
     frames = np.stack(list(read_frames(tmp_path / "controls" / "v", size=(32, 32), target_fps=16, source_fps=32)))
-    assert len(frames) == 8
-    assert torch.equal(stored["latents_control"], latents_of(frames[:5])[0].bfloat16())
+    assert len(frames) == 5 and torch.equal(stored["latents_control"], latents_of(frames)[0].bfloat16())
+    assert "5 frames of the control v for 8: its last one is repeated" in report.text
 
 
 def test_a_control_that_came_or_went_is_noticed(tmp_path, wan_encoders, report) -> None:
@@ -268,13 +283,24 @@ def test_images_are_clips_of_one_frame(tmp_path, wan_encoders, latents_of) -> No
     assert torch.equal(stored["latents_control"], latents_of(control[None])[0].bfloat16())
 
 
-def test_where_the_vae_keeps_its_memory_changes_nothing(tmp_path, wan_encoders) -> None:
+def test_where_the_vae_keeps_its_memory_changes_nothing(tmp_path, wan_encoders, monkeypatch) -> None:
+    import wan.vae
+
+    in_ram: list[wan.vae.FeaturesInRam] = []
+
+    class Noted(wan.vae.FeaturesInRam):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            in_ram.append(self)
+
+    monkeypatch.setattr(wan.vae, "FeaturesInRam", Noted)
     config = video_set(tmp_path, {"v": 9}, fps=16, target_frames=[9])
     assert cache(config, wan_encoders) == 0
     before = files(tmp_path / "cache")
+    assert torch.backends.cudnn.enabled and not in_ram
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)  # to be put back
     assert cache(config, wan_encoders, "--vae_cache_cpu", "--disable_cudnn_backend") == 0
-    assert torch.backends.cudnn.enabled is False
-    torch.backends.cudnn.enabled = True
+    assert not torch.backends.cudnn.enabled and in_ram
     assert files(tmp_path / "cache") == before
 
 
@@ -413,8 +439,11 @@ def test_only_what_changed_is_encoded_again(tmp_path, wan_encoders, encoded, rep
     assert cache_texts(config, wan_encoders, "--skip_existing") == 0
     assert encoded == ["something else"] and "1 were cached already" in report.text
     encoded.clear()
+    before = read_cache(tmp_path / "cache" / "猫_wan_te.safetensors")["t5"].float()
     assert cache_texts(config, wan_encoders, "--skip_existing", "--fp8_t5") == 0
     assert len(encoded) == 2 and "encoder_dtype is float32 in the cache, float32, in fp8 now" in report.text
+    after = read_cache(tmp_path / "cache" / "猫_wan_te.safetensors")["t5"].float()
+    assert 0.001 < (after - before).abs().mean() / before.abs().mean() < 0.2
 
 
 def test_the_tokenizer_may_lie_elsewhere(tmp_path, wan_encoders, encoded) -> None:

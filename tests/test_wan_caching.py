@@ -196,7 +196,7 @@ def test_a_control_video_is_encoded_beside_its_video(vae, clip, latents_of, mode
 
 def test_of_several_control_images_the_first_is_the_control(vae, pictures, latents_of) -> None:
     dataset = images(0, 1, fp_1f_target_index=None)
-    sample = image_sample(dataset, pictures["cat"], pictures["masked_face"], pictures["face"])
+    sample = image_sample(dataset, pictures["cat"], pictures["masked_face"], pictures["masked_cup"])
     (tensors,) = encode(vae, None, "t2v", sample)
     assert shapes(tensors) == {"latents": (16, 1, H, W), "latents_control": (16, 1, H, W)}
     assert close(tensors["latents_control"], latents_of(pictures["masked_face"].rgb[None])[0]), "not masked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 
 import peft
@@ -290,6 +291,25 @@ def test_a_trained_lora_does_the_same_in_diffusers(kind: Kind, name: str, alpha:
     assert difference(applied(model, network), wanted) <= TOLERANCE
 
 
+@pytest.mark.parametrize("load", [load_by_pipelines, load_by_transformer])
+def test_scales_that_cannot_be_folded_reach_diffusers_in_the_metadata(load, tmp_path: Path) -> None:
+    """Module by module, under diffusers' names."""
+    model = build_transformer("i2v")
+    tensors, numbers = {}, zip(cycle((4, 6, 3, 8)), cycle((0.3, 8.0, 5.0)), strict=False)
+    for (path, layer), (rank, alpha) in zip(trained(model).paths.items(), numbers, strict=False):
+        rows, columns = model.get_submodule(layer).weight.shape
+        generator = torch.Generator().manual_seed(len(tensors))
+        tensors[f"{path}.lora_down.weight"] = 0.1 * torch.randn(rank, columns, generator=generator)
+        tensors[f"{path}.lora_up.weight"] = 0.1 * torch.randn(rows, rank, generator=generator)
+        tensors[f"{path}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "混.safetensors")
+    network, oracle = network_from_tensors(model, tensors, where="test"), build_oracle(model)
+    load(oracle, convert(tmp_path / "混.safetensors", "b.safetensors", "other", "--diffusers_prefix", "transformer"))
+    wanted = run_theirs(oracle, model)
+    assert difference(run_ours(model), wanted) > 0.05
+    assert difference(applied(model, network), wanted) <= TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr"])
 def test_layers_outside_the_blocks_and_lokr_reach_diffusers_too(kind: str, tmp_path: Path) -> None:
     model = build_transformer("flf2v")
@@ -342,8 +362,9 @@ def test_merged_into_a_model_of_any_layout(layout: str, tmp_path: Path) -> None:
     model = build_transformer()
     network = trained(model, everywhere=True)
     stored = LAYOUTS[layout](model.state_dict())
-    (tmp_path / "模型").mkdir()
-    save_file(stored, tmp_path / "模型" / "dit.safetensors")
+    folder = tmp_path / "模型" / ("transformer" if layout == "diffusers'" else "")
+    folder.mkdir(parents=True)
+    save_file(stored, folder / "dit.safetensors")
     network.save(tmp_path / "絵.safetensors", metadata={})
     output = tmp_path / "合.safetensors"
     command = ["--dit", str(tmp_path / "模型"), "--lora_weight", str(tmp_path / "絵.safetensors")]

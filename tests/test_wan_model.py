@@ -119,6 +119,25 @@ def test_rotary_tables_are_diffusers_to_the_last_bits_up_to_the_last_index(head_
         torch.testing.assert_close(mine, other[..., offset::2], rtol=0, atol=2e-7)
 
 
+def test_another_size_has_a_table_of_its_own() -> None:
+    axes, indices = WanConfig(num_blocks=1, width=128, mlp_width=1).rope_axes, torch.tensor([[0, 7]])
+    table = ClipRope(indices, axes)
+    for size in ((2, 3), (3, 2), (2, 3)):
+        for found, wanted in zip(table.of(*size), ClipRope(indices, axes).of(*size), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
+def test_features_are_embedded_as_in_diffusers(kind: Kind) -> None:
+    """On their own: in what comes out in the end, their part is small. Large numbers tell one GELU from another."""
+    model = build_transformer(kind)
+    image = conditioning(model.config).image
+    model.img_emb.proj[1].weight.mul_(4)
+    theirs = build_oracle(model).condition_embedder.image_embedder(image.reshape(-1, 257, image.shape[2]))
+    torch.testing.assert_close(model.img_emb(image), theirs, rtol=1e-5, atol=1e-5)
+
+
 # ---- prepare and step ----
 
 
@@ -318,11 +337,23 @@ def test_what_a_step_does_not_need_is_not_copied_in_every_step() -> None:
     }
 
 
-def test_the_model_can_be_moved_while_blocks_are_swapped() -> None:
-    model = swapped(CHOICES[1])
-    assert model.to("cpu").swapping.ram_bytes > 0 and model.device == CPU and model.dtype == torch.float32
+@torch.no_grad()
+def test_blocks_whose_weights_come_with_them_make_keys_and_values_themselves() -> None:
+    """In samples between training steps: when a prompt is prepared, these weights are not on the device."""
+    for options, at_once in ((SwapOptions(counts=(2,)), [True] * 3), (IN_TRAINING, [False, True, False])):
+        model = swapped(options)
+        prepared = model.prepare(conditioning(model.config), TIMESTEPS)
+        assert [known is not None for known in prepared.known] == at_once
+
+
+def test_swapped_weights_stay_in_ram_wherever_the_model_goes() -> None:
+    options, sizes = SwapOptions(counts=(2,), invariant="all"), []
+    model = swapped(options)
+    model._apply(lambda tensor: sizes.append(tensor.numel()) or tensor)  # what `to` and `cuda` come down to
+    assert sizes.count(0) == len(swapped_names(model, options)) > 20
     with torch.no_grad():
-        assert model(noisy(), TIMESTEPS[0], conditioning(model.config)).isfinite().all()
+        found, wanted = (m(noisy(), TIMESTEPS[0], conditioning(m.config)) for m in (model, build_transformer("i2v")))
+    assert torch.equal(found, wanted)
 
 
 # ---- full size ----

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from common.weights import Checkpoint
 from dataset.architecture import CacheRules
-from dataset.cached_items import CachingScripts
+from dataset.cached_items import CachingScripts, Layout
 from dataset.training_dataset import TrainBatch, TrainingDataset
 from generation.pipeline import Pipeline
 from modules.block_swap import SwapOptions, Swapping
 from modules.checkpointing import Checkpointing
+from modules.training_plan import TrainingPlan
 from networks.lora_merge import LoraMerge
 from networks.network import Network
 from options.flags_generate import RequestFlags
-from options.memory_size import MemorySize
 
 
 class Transformer(Protocol):
@@ -50,44 +50,17 @@ class Architecture(Protocol):
     def empty_transformer(self) -> nn.Module:
         """The transformer on the meta device: what a network can be tried on before weights are loaded."""
 
-    def check_batch(self, contents: frozenset[str]) -> None:
+    def check_batch(self, layout: Layout) -> None:
         """Raises UserError when what is cached lacks something that `predict_velocity` needs."""
 
-    def plan_swap(
-        self,
-        dataset: TrainingDataset,
-        network: Network,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        state_bytes: float,
-        merge: LoraMerge,
-    ) -> SwapOptions:
-        """Which weights are to lie in RAM; `--blocks_to_swap auto` looks at how much of the device is free.
-
-        Args:
-            dtype, state_bytes: as for `describe_cost`.
-        """
-
-    def describe_cost(
-        self,
-        dataset: TrainingDataset,
-        network: Network,
-        *,
-        dtype: torch.dtype,
-        state_bytes: float,
-        num_steps: int,
-        batches_per_step: int,
-        merge: LoraMerge,
-        size: MemorySize,
-    ) -> str:
-        """What training costs and, for a size, what makes it fit: one screen of text. Needs no weights.
+    def training_plan(
+        self, dataset: TrainingDataset, network: Network, *, dtype: torch.dtype, state_bytes: float, merge: LoraMerge
+    ) -> TrainingPlan:
+        """What one step of one batch costs, and what makes it fit. Needs no weights.
 
         Args:
             dtype: of the transformer.
             state_bytes: that the optimizer remembers for each trained number.
-            num_steps: optimizer steps of the run.
-            batches_per_step: of one process.
         """
 
     def load_transformer(
@@ -106,6 +79,9 @@ class Architecture(Protocol):
         Returns:
             (B, C, F, h, w), float32.
         """
+
+    def loss_weights(self, batch: TrainBatch) -> Tensor | None:
+        """How much the errors of a batch's frames count, (B, 1, F, 1, 1); None: all alike."""
 
     def pipeline(self, *, dtype: torch.dtype, device: torch.device, transformer: nn.Module | None) -> Pipeline:
         """Generation with the models of the command line and, but for encoding, a transformer that is lent.

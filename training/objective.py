@@ -5,6 +5,7 @@ Training and validation come here; noise, target and timestep are those of sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,14 +68,16 @@ class Objective:
             self.transformer, noisy(latents, noise, sigmas), sigmas.to(device), batch
         )
         errors = (prediction.float() - velocity(latents, noise)).square()
-        losses = self._means(errors, batch.contents.get(LOSS_MASK))
+        losses = self._means(errors, batch)
         weights = loss_weights(self.timesteps.weighting_scheme, sigmas)
         weighted = losses if weights is None else losses * weights.to(device)
         return BatchLoss(weighted=weighted.mean(), losses=losses.detach(), sigmas=sigmas)
 
-    def _means(self, errors: Tensor, mask: Tensor | None) -> Tensor:
-        """(B,): the mean over each sample, or over the part of it that its mask lets through."""
-        if not self.masked or mask is None:
+    def _means(self, errors: Tensor, batch: TrainBatch) -> Tensor:
+        """(B,): the mean over each sample, or over the part of it that its mask and the family let through."""
+        mask = batch.contents.get(LOSS_MASK) if self.masked else None
+        given = [weights for weights in (mask, self.architecture.loss_weights(batch)) if weights is not None]
+        if not given:
             return errors.flatten(1).mean(dim=1)
-        weights = mask.to(errors.device, torch.float32).expand_as(errors).flatten(1)
+        weights = math.prod(w.to(errors.device, torch.float32) for w in given).expand_as(errors).flatten(1)
         return (errors.flatten(1) * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)

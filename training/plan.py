@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common import weights
-from common.device import pick_device
+from common.device import free_memory, pick_device
 from common.files import check_writable_folder
 from common.processes import Processes
 from dataset.cache_checks import MAIN
@@ -21,6 +21,7 @@ from dataset.config import DatasetConfig, load_dataset_config
 from dataset.training_dataset import TrainingDataset
 from modules.block_swap import SwapOptions
 from modules.execution import Execution
+from modules.swapping import choose_swap
 from networks.lora_merge import LoraMerge, plan_merge
 from networks.network import Network
 from options.errors import UserError
@@ -118,8 +119,8 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
     saves = _save_plan(flags, dataset, processes)
     ratio = network.loraplus_lr_ratio
     state_bytes = rehearse(flags.optimizer, num_steps=saves.num_steps, device=device, loraplus_lr_ratio=ratio)
-    place = {"dtype": dtype, "device": device}
-    swap = architecture.plan_swap(dataset, network, state_bytes=state_bytes, merge=merge, **place)
+    plan = architecture.training_plan(dataset, network, dtype=dtype, state_bytes=state_bytes, merge=merge)
+    swap = choose_swap(plan.swap, plan.transformers.limits, free=free_memory(device), needed=plan.needed)
     if swap.num_blocks and not flags.memory.gradient_checkpointing:
         logger.info("the %d swapped blocks are checkpointed, as with --gradient_checkpointing", swap.num_blocks)
     fingerprint = run_fingerprint(
@@ -199,7 +200,7 @@ def _open_dataset(config: DatasetConfig, architecture: Architecture) -> Training
         architecture.rules.check(dataset)
     found = TrainingDataset(config, architecture.rules, architecture.scripts)
     for layout in found.layouts:
-        architecture.check_batch(layout.contents)
+        architecture.check_batch(layout)
     return found
 
 

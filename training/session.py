@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -81,16 +82,14 @@ def _open_samples(
 def _show_plan(architecture: Architecture, flags: TrainFlags, plan: TrainPlan, processes: Processes) -> None:
     """Prints what a step will cost; on a machine without a GPU as one would do it, unless `--device` says otherwise."""
     is_elsewhere = flags.devices.device is None and plan.device.type == "cpu"
-    text = architecture.describe_cost(
+    cost = architecture.training_plan(
         plan.dataset,
         plan.network,
         dtype=torch.bfloat16 if is_elsewhere else plan.dtype,
         state_bytes=plan.state_bytes,
-        num_steps=plan.num_steps,
-        batches_per_step=plan.batches_per_step,
         merge=plan.merge,
-        size=flags.run.plan,
     )
+    text = replace(cost, num_steps=plan.num_steps, batches_per_step=plan.batches_per_step).text(flags.run.plan)
     if processes.is_main:
         sys.stdout.write(f"{text}\n")
 

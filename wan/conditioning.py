@@ -19,7 +19,7 @@ from common.residency import Resident
 from dataset.frames import examine_video, read_frames
 from generation.encoding import ImageInput, Results, encode_each, without_frames
 from generation.pipeline import Failure
-from modules.guidance import plan_guidance
+from modules.guidance import needs_negative, plan_guidance
 from options.errors import UserError
 from options.geometry import VAE_STRIDE
 from options.wan_request import WanRequest
@@ -206,10 +206,9 @@ class _Inputs:
     @classmethod
     def of(cls, request: WanRequest) -> _Inputs:
         steps = plan_guidance(request.num_steps, request.cfg_scale, request.guidance)
-        needs_negative = any(name != "positive" for step in steps for name in step.passes)
         return cls(
             text=request.prompt,
-            negative=request.negative_prompt if needs_negative else None,
+            negative=request.negative_prompt if needs_negative(steps) else None,
             seen=tuple(ImageInput.of(path, 0, 0) for path in clip_images(request)),
             shown=_controls(request) if request.one_frame is not None else _clips(request),
         )
@@ -255,7 +254,7 @@ class _Encoded:
 
 def _features(clip: Any, image: ImageInput) -> Tensor:
     """(257, image_width)"""
-    picture = np.asarray(open_image(image.path, flag="input image").convert("RGB"))
+    picture = np.array(open_image(image.path, flag="input image").convert("RGB"))
     return encode_pictures(clip, [picture])[0].cpu()
 
 

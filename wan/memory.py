@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.weights import Checkpoint
+from modules.weight_sizes import weights_with_fp8
 from options.geometry import FRAMES_PER_LATENT
+from wan.text_encoder import FP8_LAYERS
 from wan.vae import encoder_stages
 
 COLOURS = 3
@@ -89,10 +91,26 @@ def _block_bytes(work: VaeWork, num_frames: int, num_inputs: int, height: int, w
     frames = min(num_frames, FRAMES_PER_LATENT)
     padded = (frames + 2) * (height + 2) * (width + 2) / (height * width)
     # A clip's frames are joined with those that were kept, and then padded, while others are put aside to be kept.
-    joined = frames if num_frames == 1 else frames + KEPT + KEPT * (2 if work.cache_on_cpu else 1)
-    normed = frames * (num_inputs * work.itemsize + 2 * FLOAT32)
-    return work.width * max(normed, (num_inputs * frames + padded + joined) * work.itemsize)
+    joined, aside = (frames, 0) if num_frames == 1 else (frames + 2 * KEPT, KEPT if work.cache_on_cpu else 0)
+    inputs = (num_inputs * frames + aside) * work.itemsize
+    return work.width * (inputs + max(frames * 2 * FLOAT32, (padded + joined) * work.itemsize))
 
 
 def _kept_bytes(work: VaeWork, num_frames: int, kept: float) -> float:
     return 0.0 if num_frames == 1 or work.cache_on_cpu else KEPT * kept * work.itemsize
+
+
+def t5_weights(checkpoint: Checkpoint, *, itemsize: int, fp8: bool) -> int:
+    """Bytes of UMT5's encoder."""
+    return weights_with_fp8(checkpoint, itemsize=itemsize, fp8_layers=FP8_LAYERS if fp8 else None)
+
+
+def t5_work(checkpoint: Checkpoint, num_tokens: int, *, itemsize: int, fp8: bool) -> int:
+    """Bytes of its attention, which has a bias for every pair of tokens, or its MLP, and of the weight that is made
+    whole from fp8.
+    """
+    width = checkpoint.shape("embed_tokens.weight", 2)[1]
+    inner = checkpoint.shape("block.0.layer.1.DenseReluDense.wo.weight", 2)[1]
+    num_heads = checkpoint.shape("block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2)[1]
+    per_token = 7 * width + max(2 * num_heads * num_tokens, 3 * inner)
+    return per_token * num_tokens * itemsize + (width * inner * (itemsize + FLOAT32) if fp8 else 0)

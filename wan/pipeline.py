@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
@@ -39,6 +40,8 @@ from wan.plan import GenerationPlan, empty_transformers, plan_generation
 from wan.sampling import generate_latents
 from wan.swapping import swap_limits
 from wan.text_encoder import find_tokenizer, load_t5, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class WanPipeline:
@@ -87,6 +90,7 @@ class WanPipeline:
             keep=keep_loaded,
             lent=transformer,
         )
+        self._has_loras = transformer is not None or bool(merge and merge.choices)
         if transformer is None:
             check_swap(compute.swap, swap_limits(self._config))
 
@@ -104,6 +108,8 @@ class WanPipeline:
             check_layers(slg.blocks, self._config.num_blocks)
         check_control(request)
         self._transformer.check(request)
+        if request.one_frame is not None and not (self._has_loras or request.loras):
+            logger.warning("Wan's own weights repeat the control image: one-frame inference wants a LoRA made for it")
 
     def num_operations(self, request: WanRequest) -> int:
         return self._plan(request).num_operations

@@ -41,10 +41,6 @@ class WanTrainingRules(WanCacheRules):
     def check_item(self, item: MediaItem, dataset: ImageDataset | VideoDataset) -> None:
         self._of_kind(dataset).check_item(item, dataset)
 
-    def settings(self, dataset: ImageDataset | VideoDataset) -> Fingerprint:
-        known = self._of_kind(dataset).settings(dataset)
-        return {name: value for name, value in known.items() if name not in LEFT_OPEN}
-
     def like(self, stored: Fingerprint) -> WanCacheRules:
         mode = stored.get("mode")
         return WanCacheRules(mode=mode if mode in self.modes else self.modes[0])
