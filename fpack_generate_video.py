@@ -27,7 +27,6 @@ def open_pipeline(flags: FramePackGenerateFlags):
     from frame_pack.pipeline import Compute, FramePackPipeline
     from networks.lora_merge import plan_merge
 
-    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))
     choices = lora_choices(flags.lora)
     checkpoints = open_models(flags.models, fp8=flags.compute.fp8_mode)
     merge = plan_merge(choices, checkpoints.transformer)
@@ -37,7 +36,9 @@ def open_pipeline(flags: FramePackGenerateFlags):
         compute.check_execution()
     else:
         compute = compute.planned(flags.compute)  # perhaps for another machine's GPU
-    return FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
+    pipeline = FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
+    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))  # last, as it may log something
+    return pipeline
 
 
 def decode_saved(flags: FramePackGenerateFlags) -> int:

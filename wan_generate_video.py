@@ -19,25 +19,30 @@ from common.flags import run_script
 from options.flags_wan_generate import WanGenerateFlags
 from options.generate_checks import check_saved_model, check_speed, log_hints
 from options.lora import lora_choices
+from options.wan_tasks import width_hint
 
 
 def open_pipeline(flags: WanGenerateFlags):
     """The pipeline, with all models' headers checked and no weight read."""
     from networks.lora_merge import plan_merge
-    from wan.checkpoints import open_models
+    from wan.checkpoints import from_release, open_models
     from wan.compute import Compute
+    from wan.config import WanConfig
     from wan.pipeline import WanPipeline
 
-    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))
-    log_hints(flags.request.guidance_hints())
-    checkpoints = open_models(flags.models, flags.request.task, fp8=flags.compute.fp8_mode)
+    models, task = from_release(flags.models), flags.request.task
+    checkpoints = open_models(models, task, fp8=flags.compute.fp8_mode)
     merge = plan_merge(lora_choices(flags.lora), checkpoints.transformer)
     compute, keep = Compute.from_flags(flags.compute, flags.compilation), flags.series.interactive
     if flags.series.plan is None:
         compute.check_execution()
     else:
         compute = compute.planned(flags.compute)  # perhaps for another machine's GPU
-    return WanPipeline(checkpoints, compute, tokenizer=flags.models.t5_tokenizer, keep_loaded=keep, merge=merge)
+    pipeline = WanPipeline(checkpoints, compute, tokenizer=models.t5_tokenizer, keep_loaded=keep, merge=merge)
+    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))  # last, as it may log something
+    hint = width_hint(task, WanConfig.from_checkpoint(checkpoints.transformer).width)
+    log_hints([*flags.request.guidance_hints(), *([hint] if hint else [])])
+    return pipeline
 
 
 def decode_saved(flags: WanGenerateFlags) -> int:

@@ -203,7 +203,8 @@ def squeeze(array: np.ndarray, width: int, height: int) -> np.ndarray:
     """Scales (H, W) or (H, W, C) uint8 to exactly this size, whatever its aspect ratio, by the methods of `fit`."""
     if array.shape[:2] == (height, width):
         return array
-    return np.ascontiguousarray((_lanczos if height > array.shape[0] else _area)(array, width, height))
+    enlarges = height > array.shape[0] or width > array.shape[1]
+    return np.ascontiguousarray((_lanczos if enlarges else _area)(array, width, height))
 
 
 def _lanczos(array: np.ndarray, width: int, height: int) -> np.ndarray:

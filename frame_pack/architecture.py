@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +71,10 @@ class FramePackArchitecture:
             one_frame_inference="default" if options.one_frame else None,
             video_seconds=1 / FRAMEPACK_FPS,
         )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        return {}
 
     def load_transformer(
         self,

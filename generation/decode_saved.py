@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,9 @@ from generation.outputs import SETTINGS_KEY, check_latents, load_latents, unused
 from generation.pipeline import Frames
 from generation.runner import save_frames
 from generation.series import GenerateFlags
-from generation.settings import recorded_fps, settings_of_decoding, stored_integer
+from generation.settings import recorded_integer, settings_of_decoding, stored_integer
 from options.errors import UserError
-from options.request_rules import check_numbers
+from options.request_rules import COMMON_LIMITS, check_numbers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,8 @@ class SavedDecoder:
     """(VAE, latents (C, F, h, w), the file's metadata) → pictures."""
     recorded: Mapping[str, object]
     """Compute settings that matter to decoding, as results say them."""
+    request: Mapping[str, object] = field(default_factory=dict)
+    """What flags ask for instead of what the latents were made for, as results say it."""
 
 
 def decode_saved(flags: GenerateFlags, *, vae: str | None, open_decoder: Callable[[], SavedDecoder]) -> int:
@@ -73,7 +75,8 @@ def decode_saved(flags: GenerateFlags, *, vae: str | None, open_decoder: Callabl
             stem = unused_stem(Path(output.save_path), stored_integer(metadata, "seeds", 0))
             made = metadata.get(SETTINGS_KEY)
             fps = _rate(flags, made)
-            now = settings_of_decoding(made, vae=vae_fingerprint, decoding=decoder.recorded, fps=fps)
+            asked = {"fps": fps, **decoder.request}
+            now = settings_of_decoding(made, vae=vae_fingerprint, decoding=decoder.recorded, request=asked)
             settings = None if output.no_metadata else now
             save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=fps, settings=settings)
     return 0
@@ -82,4 +85,5 @@ def decode_saved(flags: GenerateFlags, *, vae: str | None, open_decoder: Callabl
 def _rate(flags: GenerateFlags, made: str | None) -> int:
     """The family's default rate, given explicitly or not, gives way to the one that the latents were made for."""
     given = flags.request.fps
-    return recorded_fps(made) or given if given == type(flags.request).fps else given
+    recorded = recorded_integer(made, "fps", limits=COMMON_LIMITS["fps"])
+    return recorded or given if given == type(flags.request).fps else given

@@ -16,19 +16,21 @@ NUM_REMEMBERED = 64
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What decides an image's features and latent."""
+    """What decides the features and the latent of an image, or of a folder of them."""
 
     path: str | None
     """None is no image."""
     width: int
     height: int
-    version: tuple[int, int] | None
-    """Time and size of the file, so that an edited one is encoded anew."""
+    version: tuple[tuple[int, int], ...]
+    """Time and size of the file, or of a folder and all files in it, so that an edited one is encoded anew."""
 
     @classmethod
     def of(cls, path: str | None, width: int, height: int) -> ImageInput:
-        stat = Path(path).stat() if path is not None and Path(path).exists() else None
-        return cls(path, width, height, stat and (stat.st_mtime_ns, stat.st_size))
+        file = Path(path or "")
+        files = [file, *(sorted(file.iterdir()) if file.is_dir() else [])] if path and file.exists() else []
+        stats = [file.stat() for file in files]
+        return cls(path, width, height, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
 
 
 class Results(dict):

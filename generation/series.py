@@ -65,7 +65,8 @@ def check_modes(series: SeriesFlags, request: RequestFlags, output: OutputFlags)
         raise UserError("--search_dir", "no --from_metadata", "a result to run again", "add --from_metadata")
     if series.search_dir and not os.path.isdir(series.search_dir):
         raise UserError("--search_dir", series.search_dir, "an existing folder", "check the path")
-    changed = [f.name for f in fields(request) if getattr(request, f.name) != f.default]
+    own = [field for field in fields(request) if field.name not in request.of_models]
+    changed = [field.name for field in own if getattr(request, field.name) != field.default]
     if series.from_metadata and changed:
         expected = "no settings beside --from_metadata, which brings its own"
         raise UserError(f"--{changed[0]}", getattr(request, changed[0]), expected, f"leave --{changed[0]} out")
@@ -150,16 +151,13 @@ def _recorded_names(then: Recorded, flag: str) -> str:
 
 
 def recorded_compute(flags: ComputeFlags, then: Mapping[str, object]) -> ComputeFlags:
-    """`flags` with what a result was computed with, where the command line leaves it open.
-
-    The number type is taken over on the same kind of device only: float32 on a GPU would be twice the memory.
-    """
+    """`flags` with what a result was computed with, where the command line leaves it open."""
     defaults = {field.name: field.default for field in fields(flags)}
     names = [*flags.replayed]
     if flags.fp8_mode == "off":
         names += ["fp8", "fp8_scaled"]
     if pick_device(flags.device).type == then["device"]:
-        names.append("dit_dtype")
+        names += flags.number_types
     return replace(flags, **{name: then[name] for name in names if getattr(flags, name) == defaults[name]})
 
 

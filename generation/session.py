@@ -57,12 +57,8 @@ def run_session(
         return _repeat(flags, family, open_pipeline)
     if flags.series.interactive:
         return _converse(flags, open_pipeline)
-    plan = plan_jobs(flags.series, flags.request, flags.output, _control_size)
+    plan = plan_jobs(flags.series, flags.request, flags.output, image_size)
     return _run_plan(flags, plan, open_pipeline)
-
-
-def _control_size(path: str) -> tuple[int, int]:
-    return image_size(path, flag="--control_image_path")
 
 
 def _run_plan(
@@ -89,7 +85,8 @@ def _repeat(flags: Flags, family: str, open_pipeline: Callable[[Flags], Pipeline
     """Makes a result once more from the settings that it carries."""
     job, record = recorded_job(flags, family=family)
     output = replace(flags.output, output_type=output_type_like(flags.series.from_metadata, flags.output))
-    flags = replace(flags, output=output, compute=recorded_compute(flags.compute, record.compute))
+    request, compute = flags.request.for_models_of(job.request), recorded_compute(flags.compute, record.compute)
+    flags = replace(flags, request=request, output=output, compute=compute)
     return _run_plan(flags, Plan(jobs=(job,)), open_pipeline, record)
 
 
@@ -105,7 +102,7 @@ def _converse(flags: Flags, open_pipeline: Callable[[Flags], Pipeline]) -> int:
     options = flags.request.line_options
 
     def generate(line: str) -> None:
-        job = single_job(PromptLine.parse(line, "prompt", options).over(flags.request), _control_size)
+        job = single_job(PromptLine.parse(line, "prompt", options).over(flags.request), image_size)
         check_jobs(pipeline, [job])
         run(pipeline, [job], flags.output, provenance=provenance)
 

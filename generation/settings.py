@@ -127,7 +127,7 @@ def recorded(
         request.check()
         compute = dict(compute_type.not_in_older) | data["compute"]
         record = Recorded(request=request, models=data["models"], compute=compute)
-        _check_record(record, compute_type.recorded_types)
+        _check_record(record, compute_type.recorded_types, compute_type.number_types)
         return record
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         expected = f"settings of a {family} result, format {FORMAT}"
@@ -135,15 +135,16 @@ def recorded(
         raise UserError("--from_metadata", f"{file} with other settings", expected, remedy) from error
 
 
-def _check_record(record: Recorded, types: Mapping[str, tuple[type, ...]]) -> None:
+def _check_record(record: Recorded, types: Mapping[str, tuple[type, ...]], number_types: Sequence[str]) -> None:
     """Raises TypeError or KeyError for models and compute settings that were edited into nonsense."""
     if not all(isinstance(text, str) for text in (*record.models, *record.models.values())):
         raise TypeError("models")
     for name, kinds in types.items():
         if type(record.compute[name]) not in kinds:
             raise TypeError(name)
-    if record.compute["dit_dtype"] not in ("bfloat16", "float16", "float32"):
-        raise ValueError("dit_dtype")
+    for name in number_types:
+        if record.compute[name] not in ("bfloat16", "float16", "float32"):
+            raise ValueError(name)
 
 
 def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, search_dir: Path | None) -> str:
@@ -164,31 +165,35 @@ def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, sear
     raise UserError("--from_metadata", f"no {name}", f"the input of {file.name}", "give its folder as --search_dir")
 
 
-def settings_of_decoding(text: str | None, *, vae: str, decoding: Mapping[str, object], fps: int) -> str | None:
+def settings_of_decoding(
+    text: str | None, *, vae: str, decoding: Mapping[str, object], request: Mapping[str, object]
+) -> str | None:
     """The settings of saved latents, with what decoded them now in place of what was meant to then.
 
     Args:
         text: as the latent file carries it; None, or another program's, gives None.
         vae: fingerprint of the VAE.
         decoding: compute settings of the run that decodes, as far as they matter to that.
+        request: what that run is asked for, as far as it is no longer what was asked for then.
     """
     try:
         data = json.loads(text)
-        data["request"]["fps"], data["models"]["--vae"] = fps, vae
+        data["models"]["--vae"] = vae
+        data["request"] |= request
         data["compute"] |= decoding
     except (TypeError, ValueError, KeyError):
         return None
     return json.dumps(data, ensure_ascii=False, sort_keys=True)
 
 
-def recorded_fps(text: str | None) -> int | None:
-    """The frame rate that a latent file's settings ask for; None when they do not say."""
+def recorded_integer(text: str | None, name: str, *, limits: tuple[float, float]) -> int | None:
+    """What a latent file's settings ask for under this name; None when they do not say."""
     try:
-        fps = json.loads(text)["request"]["fps"]
+        value = json.loads(text)["request"][name]
     except (TypeError, ValueError, KeyError):
         return None
-    low, high = COMMON_LIMITS["fps"]
-    return fps if type(fps) is int and low <= fps <= high else None
+    low, high = limits
+    return value if type(value) is int and low <= value <= high else None
 
 
 def stored_integer(

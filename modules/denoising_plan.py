@@ -32,6 +32,8 @@ class Denoising:
     num_steps: int
     num_passes: int = 1
     """Of a step; 2 with classifier-free guidance."""
+    joins_passes: bool = False
+    """Whether a step's passes are one of a larger batch."""
     lora_bytes: int = 0
     """Of the prompt's own LoRAs."""
 
@@ -53,10 +55,12 @@ class Denoising:
         """Those that need the transformer."""
         swap = self.swap.options(self.transformers.limits, options.num_blocks, offload=options.offload)
         placed, costs = self.transformers.placed(options.fp8, swap), self.costs
+        batch = self.num_passes if self.joins_passes else 1
         work = Work(
             itemsize=self.transformers.dtype.itemsize,
+            batch=batch,
             num_steps=self.num_steps,
-            num_prepared=self.num_passes,
+            num_prepared=self.num_passes // batch,
             unpacked=self.transformers.unpacked(options.fp8),
         )
         weights = (("weights", placed.stays), ("swap", placed.block_slots), ("LoRAs", self.lora_bytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -25,18 +25,25 @@ class UserError(Exception):
     @classmethod
     def within(cls, place: str, error: UserError) -> UserError:
         """The same complaint with the line or cell that it is about in front: `prompts.txt line 3, --seed: got …`."""
-        where = error.where if error.where.startswith(place) else f"{place}, {error.where}"
-        outer = cls.__new__(cls)
-        outer.where, outer.complaint = where, error.complaint
-        Exception.__init__(outer, f"{one_line(where)}: {error.complaint}")
-        return outer
+        return error.reworded(lambda text: text if text.startswith(place) else f"{place}, {text}", lambda text: text)
+
+    def reworded(self, where: Callable[[str], str], complaint: Callable[[str], str]) -> UserError:
+        """The same with its place and its complaint in other words."""
+        other = UserError.__new__(UserError)
+        other.where, other.complaint = where(self.where), complaint(self.complaint)
+        Exception.__init__(other, f"{one_line(other.where)}: {other.complaint}")
+        return other
 
 
 class UserErrors(UserError):
     """Several of them at once, one line each: all bad lines of a file, say."""
 
     def __init__(self, errors: Sequence[UserError | str]) -> None:
+        self.errors = errors
         Exception.__init__(self, "\n".join(map(str, errors)))
+
+    def reworded(self, where: Callable[[str], str], complaint: Callable[[str], str]) -> UserErrors:
+        return UserErrors([e if isinstance(e, str) else e.reworded(where, complaint) for e in self.errors])
 
 
 def one_line(text: str) -> str:

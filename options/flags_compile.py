@@ -1,14 +1,16 @@
 """The flags of torch.compile, which generation and training share."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 from options.errors import UserError
 from options.flag_fields import flag
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 CACHE_SIZE_LIMIT = 32
 """torch's own limit of 8 is soon reached: with and without gradients, masks and adapters, for a few sizes."""
+DYNAMIC = {"true": True, "false": False, "auto": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,7 @@ class CompileFlags:
 
     compile: bool = flag("torch.compile the blocks: slow to begin with, faster then", default=False)
     compile_backend: str = flag("its backend", default="inductor")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
-        "its mode", default="default"
-    )
+    compile_mode: CompileMode = flag("its mode", default="default")
     compile_dynamic: Literal["true", "false", "auto"] | None = flag("shapes that may change (default: auto)")
     compile_fullgraph: bool = flag("fail where a block cannot be compiled in one piece", default=False)
     compile_cache_size_limit: int | None = flag(f"forms of a block that are compiled (default: {CACHE_SIZE_LIMIT})")
@@ -48,7 +48,7 @@ class CompileFlags:
             flag="--compile",
             backend=self.compile_backend,
             mode=self.compile_mode,
-            dynamic={"true": True, "false": False}.get(self.compile_dynamic),
+            dynamic=DYNAMIC.get(self.compile_dynamic),
             fullgraph=self.compile_fullgraph,
             cache_size_limit=self.compile_cache_size_limit or CACHE_SIZE_LIMIT,
         )
@@ -56,7 +56,38 @@ class CompileFlags:
     def hints(self) -> Iterator[str]:
         """What has no effect, for the log."""
         if not self.compile:
-            yield from _unread(self, "compile_", "--compile")
+            yield from _unread(self, "compile_", "without --compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileArgsFlags(CompileFlags):
+    """Compilation of the transformer's blocks; `--compile_args` says it all at once, as it once had to be said."""
+
+    compile_args: tuple[str, str, str, str] | None = flag("in place of the others: backend, mode, dynamic, fullgraph")
+
+    @property
+    def choice(self) -> CompileChoice | None:
+        """None where nothing is compiled.
+
+        Raises:
+            UserError: `--compile_args` with something else in it.
+        """
+        if not self.compile or self.compile_args is None:
+            return super().choice
+        backend, mode, dynamic, fullgraph = self.compile_args
+        dynamic, fullgraph = dynamic.lower().replace("none", "auto"), fullgraph.lower()
+        if mode not in get_args(CompileMode) or dynamic not in DYNAMIC or fullgraph not in ("true", "false"):
+            expected = "a backend, a mode, true, false or auto, and true or false"
+            remedy = "write inductor default auto false, say"
+            raise UserError("--compile_args", " ".join(self.compile_args), expected, remedy)
+        values = {"compile_backend": backend, "compile_mode": mode, "compile_dynamic": dynamic}
+        return replace(self, compile_args=None, compile_fullgraph=fullgraph == "true", **values).choice
+
+    def hints(self) -> Iterator[str]:
+        yield from super().hints()
+        if self.compile and self.compile_args is not None:
+            own = ("compile_args", "compile_cache_size_limit")
+            yield from _unread(self, "compile_", "beside --compile_args", besides=own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +95,7 @@ class TrainCompileFlags(CompileFlags):
     """Compilation of the transformer's blocks; `--dynamo_backend` asks for the same in accelerate's words."""
 
     dynamo_backend: str = flag("torch.compile the blocks with this backend; NO is off", default="NO")
-    dynamo_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = flag(
-        "its mode"
-    )
+    dynamo_mode: CompileMode | None = flag("its mode")
     dynamo_fullgraph: bool = flag("fail where a block cannot be compiled in one piece", default=False)
     dynamo_dynamic: bool = flag("compile for any shape from the first", default=False)
 
@@ -85,12 +114,12 @@ class TrainCompileFlags(CompileFlags):
 
     def hints(self) -> Iterator[str]:
         if self.compile:
-            yield from _unread(self, "dynamo_", None)
+            yield from _unread(self, "dynamo_", "beside --compile")
         elif self.dynamo_backend.upper() == "NO":
             yield from super().hints()
-            yield from _unread(self, "dynamo_", "--dynamo_backend")
+            yield from _unread(self, "dynamo_", "without --dynamo_backend")
         else:
-            yield from _unread(self, "compile_", "--compile", besides=("compile_cache_size_limit",))
+            yield from _unread(self, "compile_", "without --compile", besides=("compile_cache_size_limit",))
 
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -111,9 +140,8 @@ def check_compile(flags: CompileFlags, *, swaps: bool) -> None:
         raise UserError("--compile_cache_size_limit", limit, "1 or more", "leave it out, or change it")
 
 
-def _unread(flags: CompileFlags, prefix: str, needed: str | None, besides: tuple[str, ...] = ()) -> Iterator[str]:
+def _unread(flags: CompileFlags, prefix: str, why: str, besides: tuple[str, ...] = ()) -> Iterator[str]:
     """Flags of one kind that were given for nothing."""
-    why = "beside --compile" if needed is None else f"without {needed}"
     for field in fields(flags):
         is_given = getattr(flags, field.name) != field.default
         if field.name.startswith(prefix) and field.name not in besides and is_given:

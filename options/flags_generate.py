@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self, TypeVar
 
 from options.errors import UserError
@@ -45,6 +45,8 @@ class RequestFlags(ABC):
 
     request_type: ClassVar[type[GenerationRequest]]
     """What these flags become."""
+    of_models: ClassVar[tuple[str, ...]] = ()
+    """Fields that say what the models are for, and so may be given beside a result that is made once more."""
     limits: ClassVar[Mapping[str, tuple[float, float]]]
     """Lowest and highest value of each number. Far beyond what is useful; what lies outside is a typing error, and
     would fail late or never end."""
@@ -84,6 +86,19 @@ class RequestFlags(ABC):
     def start_images(self) -> Sequence[str]:
         """The paths in `--image_path`."""
         return [self.image_path] if self.image_path else []
+
+    def for_models_of(self, request: GenerationRequest) -> Self:
+        """These flags with `of_models` as a recorded request has them.
+
+        Raises:
+            UserError: one of them was given, and otherwise.
+        """
+        recorded = {name: getattr(request, name) for name in self.of_models}
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in recorded.items():
+            if (given := getattr(self, name)) not in (defaults[name], value):
+                raise UserError(f"--{name}", given, f"{value}, as the result has it", f"leave --{name} out")
+        return replace(self, **recorded)
 
     def with_values(self, values: Mapping[str, object]) -> Self:
         """These flags with what a prompt says in their place."""
@@ -173,6 +188,8 @@ class ComputeFlags:
     """What results were computed with before there was a choice."""
     replayed: ClassVar[tuple[str, ...]] = ()
     """Flags that a repeated result brings along, beside those of all families."""
+    number_types: ClassVar[tuple[str, ...]] = ("dit_dtype",)
+    """Those of them that it brings along to the same kind of device only: float32 on a GPU is twice the memory."""
 
     @property
     def attention(self) -> str:

@@ -71,7 +71,9 @@ class ValidationFlags:
 class NetworkFlags:
     """The LoRA."""
 
-    network_module: str | None = flag("the kind: networks.lora_framepack, networks.loha, networks.lokr")
+    network_module: str | None = flag(
+        "the kind: networks.lora_framepack or networks.lora_wan, networks.loha, networks.lokr"
+    )
     network_dim: int | None = flag("rank (default: 4)")
     network_alpha: float = flag("alpha; the scale is alpha/rank; 0 means the rank", default=1.0)
     network_dropout: float | None = flag("chance to drop each number of the low-rank activations")
@@ -124,7 +126,8 @@ class MemoryFlags:
     )
     fp8_scaled: bool = flag("the same with scales, which keep much more of it; needs no --fp8_base", default=False)
     blocks_to_swap: SwapCount | None = flag(
-        "transformer blocks kept in RAM, up to 36, or auto: as many as it takes; their activations are computed again"
+        "transformer blocks kept in RAM, up to 36 (FramePack), 39 (Wan 14B) or 29 (1.3B), or auto: as many as it "
+        "takes; their activations are computed again"
     )
     use_pinned_memory_for_block_swap: bool = flag(PINNED, default=False)
     block_swap_h2d_only: bool = flag("no effect: frozen weights are never copied back", default=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from options.flag_fields import flag, refused
-from options.flags_compile import CompileFlags
+from options.flags_compile import CompileArgsFlags
 from options.flags_generate import ComputeFlags, OutputFlags, SeriesFlags
 from options.flags_lora import LoraFlags
 from options.swap_count import SwapCount
@@ -51,6 +51,7 @@ class WanComputeFlags(ComputeFlags):
         "fp8_t5": (bool,),
     }
     replayed: ClassVar[tuple[str, ...]] = ("fp8_t5",)
+    number_types: ClassVar[tuple[str, ...]] = ("dit_dtype", "vae_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,6 @@ class WanGenerateFlags:
     output: OutputFlags
     compute: WanComputeFlags
     lora: LoraFlags
-    compilation: CompileFlags
+    compilation: CompileArgsFlags
     series: SeriesFlags
     wan22: Wan22Flags

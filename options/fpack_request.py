@@ -297,7 +297,8 @@ def _resolve_one_frame(request: FramePackRequest, auto_resize: bool, image_size:
         image_mask_path=None,
     )
     if auto_resize and controls:
-        width, height = bucket_near(image_size(controls[0]), (request.width, request.height))
+        shape = image_size(controls[0], flag="--control_image_path")
+        width, height = bucket_near(shape, (request.width, request.height))
         request = replace(request, width=width, height=height)
     return request
 

@@ -30,7 +30,7 @@ def check_speed(flags: CompileFlags, *, swaps: bool) -> None:
 
 
 def log_hints(hints: Iterable[str]) -> None:
-    """Advice about options that have no effect."""
+    """Advice about options that have no effect or may not be meant."""
     for hint in hints:
         logger.warning(hint)
 

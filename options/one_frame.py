@@ -101,17 +101,24 @@ class OneFrameOptions:
         if num_controls == 0:
             remedy = "give --control_image_path, usually the start image once more"
             yield UserError(where, "no control image", "at least one, as Wan makes the picture from them", remedy)
-        if target is None:
-            yield UserError(where, "no target_index", "the index of the picture", "give target_index=1, say")
-        if controls is None:
-            remedy = f"give control_index=0, say; {QUOTE_HINT}"
-            yield UserError(where, "no control_index", "one index per control image", remedy)
-        elif num_controls:
+        yield from self._wan_lacks(where)
+        if controls is not None and num_controls:
             try:
                 self.resolve(num_controls, where)
             except UserError as error:
                 yield error
         yield from wan_place_problems(target, controls or (), where)
+
+    def _wan_lacks(self, where: str) -> Iterator[UserError]:
+        lacking = {
+            "target_index": (self.target_index, "the index of the picture", "target_index=1"),
+            "control_index": (self.control_indices, "one index per control image", "control_index=0"),
+        }
+        lacking = {name: told for name, (value, *told) in lacking.items() if value is None}
+        if lacking:
+            expected, examples = zip(*lacking.values(), strict=True)
+            remedy = f"give {','.join(examples)}, say" + (f"; {QUOTE_HINT}" if "control_index" in lacking else "")
+            yield UserError(where, f"no {' and no '.join(lacking)}", " and ".join(expected), remedy)
 
     def wan_hints(self) -> list[str]:
         """Advice about options that Wan does not need, and index values that are rarely meant."""

@@ -5,13 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from options.lora import PromptLora
 from options.one_frame import OneFrameOptions
 
-ImageSize = Callable[[str], tuple[int, int]]
-"""(path) → (width, height)."""
+
+class ImageSize(Protocol):
+    """Looks into an image file."""
+
+    def __call__(self, path: str, *, flag: str) -> tuple[int, int]:
+        """(width, height).
+
+        Args:
+            flag: that names the file, for messages.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,8 +83,7 @@ class SamplePrompt:
         try:
             return resolve(flags)
         except UserError as error:
-            error.where, error.complaint = self.in_its_terms(error.where), self.in_its_terms(error.complaint)
-            raise UserError.within(self.where, error) from error
+            raise UserError.within(self.where, error.reworded(self.in_its_terms, self.in_its_terms)) from error
 
     def in_its_terms(self, text: str) -> str:
         """`text` with the names that options have here, instead of those of generation's flags."""

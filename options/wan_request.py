@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Self, get_args
 
 from options.errors import UserError, UserErrors
-from options.flag_fields import flag
+from options.flag_fields import flag, refused
 from options.flags_generate import RequestFlags, SolverName, split_image_list
 from options.geometry import FRAMES_PER_LATENT, check_size, size_like
 from options.guidance import GuidanceOptions, SkipLayers
@@ -102,7 +102,25 @@ class WanRequest(GenerationRequest):
         return {name: str(value) for name, value in values.items()}
 
     def check(self) -> None:
-        flags = WanRequestFlags(
+        whole = ("height", "width", "num_frames", "num_steps", "seed", "fps", "trim_tail_frames")
+        check_whole({name: getattr(self, name) for name in whole})
+        if not all(isinstance(prompt, str) for prompt in (self.prompt, self.negative_prompt)):
+            raise TypeError("a prompt that is no text")
+        if not all(isinstance(value, bool) for value in (self.crops_images, self.cpu_noise)):
+            raise TypeError("crops_images or cpu_noise")
+        if self.solver not in get_args(SolverName):
+            raise TypeError("solver")
+        if self.num_frames % FRAMES_PER_LATENT != 1 or (self.one_frame is not None and self.num_frames > 1):
+            raise ValueError("num_frames")
+        self.guidance.check()
+        flags = self._as_flags()
+        flags.check()
+        check_together(flags, self.one_frame)
+
+    def _as_flags(self) -> WanRequestFlags:
+        """What would have been written to get this."""
+        return WanRequestFlags(
+            task=self.task,
             video_size=(self.height, self.width),
             video_length=self.num_frames,
             infer_steps=self.num_steps,
@@ -111,17 +129,13 @@ class WanRequest(GenerationRequest):
             flow_shift=self.flow_shift,
             fps=self.fps,
             trim_tail_frames=self.trim_tail_frames,
+            image_path=self.image_path,
+            end_image_path=self.end_image_path,
+            control_path=self.control_path,
+            one_frame_inference=None if self.one_frame is None else str(self.one_frame),
+            control_image_path=self.control_image_paths,
+            control_image_mask_path=self.control_mask_paths,
         )
-        whole = ("height", "width", "num_frames", "num_steps", "seed", "fps", "trim_tail_frames")
-        check_whole({name: getattr(self, name) for name in whole})
-        flags.check()
-        self.guidance.check()
-        if not all(isinstance(prompt, str) for prompt in (self.prompt, self.negative_prompt)):
-            raise TypeError("a prompt that is no text")
-        if self.solver not in get_args(SolverName):
-            raise TypeError("solver")
-        if self.one_frame is not None:
-            self.one_frame.resolve_wan(len(self.control_image_paths))
 
     def to_json(self, refer: Callable[[str], str]) -> dict[str, object]:
         return super().to_json(refer) | {"task": self.task.name, "guidance": asdict(self.guidance)}
@@ -149,7 +163,7 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
         default=False,
     )
     control_path: str | None = flag("control video, or folder of pictures, of Fun-Control")
-    video_path: str | None = flag("refused: video to video is not supported")
+    video_path: str | None = refused("video to video", why="not supported: there is no video to video")
     one_frame_inference: str | None = flag("one picture: target_index=1,control_index=0, say, or control_index=0;2")
     infer_steps: int | None = flag("denoising steps (default: 50; of tasks with a start image 40)")
     guidance_scale: float | None = flag("classifier-free guidance; 1 is off (default: 5)")
@@ -160,6 +174,7 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
     cpu_noise: bool = flag("draw the noise on the CPU: the same one on all devices", default=False)
 
     request_type: ClassVar[type[GenerationRequest]] = WanRequest
+    of_models: ClassVar[tuple[str, ...]] = ("task",)
     limits: ClassVar[Mapping[str, tuple[float, float]]] = COMMON_LIMITS | {
         "video_length": (1, 100_000),
         "trim_tail_frames": (0, 100_000),
@@ -180,25 +195,19 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
 
     def check(self) -> None:
         check_single_flags(self)
-        if self.video_path is not None:
-            remedy = "leave it out: there is no video to video"
-            raise UserError("--video_path", self.video_path, "nothing", remedy)
         self.guidance_options()
 
     def resolve(self, *, image_size: ImageSize) -> WanRequest:
         prompt = needed_prompt(self)
         self.check()
         flags = split_image_list(self)
-        if problems := list(_problems(flags)):
-            raise problems[0] if len(problems) == 1 else UserErrors(problems)
         one_frame = parse_one_frame(flags.one_frame_inference)
-        if one_frame is not None:
-            one_frame = one_frame.resolve_wan(len(flags.control_image_path))
-            check_masks(flags.control_image_mask_path, flags.control_image_path)
+        check_together(flags, one_frame)
         task, (height, width) = flags.task, flags.video_size
         crops = flags.exact_size or not task.takes_image
         if not crops:
-            width, height = size_like(image_size(flags.first_image(one_frame)), area=height * width)
+            path, where = flags.first_image()
+            width, height = size_like(image_size(path, flag=where), area=height * width)
             check_size(height, width)
         num_latents = (flags.num_frames - 1) // FRAMES_PER_LATENT
         return WanRequest(
@@ -227,9 +236,20 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
             loras=tuple(map(parse_prompt_lora, flags.lora)),
         )
 
-    def first_image(self, one_frame: OneFrameOptions | None) -> str:
-        """The image that gives the aspect ratio."""
-        return self.image_path if self.image_path is not None or one_frame is None else self.control_image_path[0]
+    def first_image(self) -> tuple[str, str]:
+        """The image that gives the aspect ratio, and its flag."""
+        if self.image_path is not None:
+            return self.image_path, "--image_path"
+        return self.control_image_path[0], "--control_image_path"
+
+
+def check_together(flags: WanRequestFlags, one_frame: OneFrameOptions | None) -> None:
+    """Raises UserErrors with everything in which flags and the task contradict each other."""
+    if problems := list(_problems(flags)):
+        raise UserErrors(problems)
+    if one_frame is not None:
+        one_frame.resolve_wan(len(flags.control_image_path))
+        check_masks(flags.control_image_mask_path, flags.control_image_path)
 
 
 def _problems(flags: WanRequestFlags) -> Iterator[UserError]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from demo.material import Material
     from demo.models import ModelPaths
+    from demo.wan_models import WanModelPaths
     from tests.training_driver import Workshop
     from tests.wan_encoders import WanEncoders
 
@@ -37,6 +38,14 @@ def wan_encoders(tmp_path_factory: pytest.TempPathFactory) -> "WanEncoders":
     from tests.wan_encoders import write_encoders
 
     return write_encoders(tmp_path_factory.mktemp("符号器"))
+
+
+@pytest.fixture(scope="session")
+def wan_models(tmp_path_factory: pytest.TempPathFactory) -> "WanModelPaths":
+    """Small checkpoints of Wan; `for_kind` adds transformers. Files that are there are not to be changed by a test."""
+    from demo.wan_models import build_wan_models
+
+    return build_wan_models(tmp_path_factory.mktemp("wan") / "モデル")
 
 
 @pytest.fixture(scope="session")

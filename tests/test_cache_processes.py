@@ -71,7 +71,13 @@ def scripted(config: Path, models, *flags: str) -> list[str]:
     return ["fpack_cache_latents.py", "--dataset_config", config, "--one_frame", *places, *flags]
 
 
-@pytest.mark.parametrize("script", ["fpack_cache_latents", "fpack_cache_text_encoder_outputs"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("fpack_cache_latents", "fpack_cache_text_encoder_outputs"),
+        *("wan_cache_latents", "wan_cache_text_encoder_outputs"),
+    ],
+)
 def test_help_needs_no_heavy_library(script, repository) -> None:
     heavy = "'torch', 'numpy', 'PIL', 'av', 'safetensors', 'transformers', 'diffusers'"
     code = f"""

@@ -6,20 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from frame_pack.config import FramePackConfig
 from frame_pack.context import PackedContext, one_frame_context
 from frame_pack.costs import FramePackCosts, Tokens, context_of
 from frame_pack.model import Conditioning, FramePackTransformer, Prepared, StepInputs
 from modules.checkpointing import Checkpointing
-from modules.plan import Flops, training_flops
+from modules.plan import training_flops
 from modules.rope import Rope
 from modules.transformer_plan import Kept, Work
 from networks.lora_framepack import create_network
 from options.fpack_request import FramePackRequestFlags
 from options.one_frame import OneFrameOptions
+from tests.counted_flops import counted_flops
 from tests.live_bytes import LiveBytes, use_fused_kernels
 
 SMALL = FramePackConfig(
@@ -65,15 +64,6 @@ def context_with(*, height: int, width: int, controls: int = 2) -> PackedContext
     return one_frame_context([like] * controls, [None] * controls, options, window=9, like=like)
 
 
-def counted(call) -> Flops:
-    """By torch, which knows products only: those of attention are batched."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        call()
-    by_kind = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}
-    attention = sum(count for kind, count in by_kind.items() if "bmm" in kind)
-    return Flops(linear=sum(by_kind.values()) - attention, attention=attention)
-
-
 # ---- tokens ----
 
 
@@ -115,7 +105,7 @@ def test_operations_of_a_step_are_those_that_torch_counts() -> None:
     tokens = Tokens.of(context, num_text=7, num_image=11)
     prepared = transformer.prepare(conditioning_of(SMALL, context, num_text=7), torch.ones(3, 1))
     latents = torch.zeros(1, 16, 1, 8, 12)
-    assert counted(lambda: transformer.step(latents, prepared, 1)) == costs(SMALL, tokens).step_flops()
+    assert counted_flops(lambda: transformer.step(latents, prepared, 1)) == costs(SMALL, tokens).step_flops()
 
 
 @pytest.mark.parametrize(("num_steps", "num_text"), [(1, 7), (5, 9)])
@@ -123,7 +113,7 @@ def test_operations_of_preparing_are_those_that_torch_counts(num_steps: int, num
     context, transformer = context_with(height=10, width=14), transformer_of(SMALL)
     tokens = Tokens.of(context, num_text=num_text, num_image=11)
     conditioning = conditioning_of(SMALL, context, num_text=num_text)
-    found = counted(lambda: transformer.prepare(conditioning, torch.ones(num_steps, 1)))
+    found = counted_flops(lambda: transformer.prepare(conditioning, torch.ones(num_steps, 1)))
     assert found == costs(SMALL, tokens).prepare_flops(num_steps=num_steps)
 
 
@@ -135,7 +125,7 @@ def test_operations_of_a_batch_are_those_that_torch_counts() -> None:
     context = replace(context, clean=replace(context.clean, indices=context.clean.indices.expand(2, -1)), **indices)
     transformer, tokens = transformer_of(SMALL), Tokens.of(context, num_text=7, num_image=11)
     conditioning = conditioning_of(SMALL, context, num_text=7, batch=2)
-    found = counted(lambda: transformer(like, torch.ones(2), conditioning))
+    found = counted_flops(lambda: transformer(like, torch.ones(2), conditioning))
     wanted = costs(SMALL, tokens).step_flops(batch=2) + costs(SMALL, tokens).prepare_flops(batch=2)
     assert found.total == wanted.total  # torch batches some linear layers, too
 

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,16 @@ from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags, check_framepack_train
 from options.flags_optimizer import SCHEDULERS
 from options.flags_timesteps import TimestepFlags, settings_read
+from options.flags_wan_train import WanTrainFlags
 from options.fpack_request import FramePackRequestFlags
 from options.geometry import sections_from_seconds
 from options.sample_prompts import sample_prompts
+from options.wan_request import WanRequestFlags
+from tests import guides
+from tests.guides import in_backticks, script_and_arguments
 
-ROOT = Path(__file__).parent.parent
-DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md")}
+DOCS = {name: guides.text_of(name) for name in ("README.md", "docs/training.md")}
 TEXT = DOCS["docs/training.md"]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SCRIPTS = {
     "fpack_cache_latents.py": FramePackCacheLatentsFlags,
     "fpack_cache_text_encoder_outputs.py": FramePackCacheTextsFlags,
@@ -36,34 +37,15 @@ SAMPLE_OPTIONS = FramePackRequestFlags.sample_options
 
 
 def commands(name: str) -> list[list[str]]:
-    """The words of every command of a document that starts one of the scripts."""
-    lines = [line for _, block in FENCED.findall(DOCS[name]) for line in block.replace("\\\n", " ").splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True)) and set(words) & set(SCRIPTS)]
+    return guides.commands(DOCS[name], SCRIPTS)
 
 
 ALL = [words for name in DOCS for words in commands(name)]
 TRAININGS = [words for words in ALL if "fpack_train_network.py" in words]
 
 
-def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
-    """What accelerate, or Python, would start."""
-    if words[:2] != ["accelerate", "launch"]:
-        assert words[0] == "python"
-        return words[1], words[2:]
-    from accelerate.commands.launch import launch_command_parser
-
-    launched = launch_command_parser().parse_args(words[2:])
-    return launched.training_script, launched.training_script_args
-
-
 def rows(first_header: str) -> list[list[str]]:
-    """The cells of the table whose first header this is, without its head."""
-    (table,) = re.findall(rf"^\| {re.escape(first_header)} \|.*\n\|-.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-
-
-def in_backticks(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
+    return guides.rows(TEXT, first_header)
 
 
 @pytest.mark.parametrize("words", ALL, ids=lambda words: words[1])
@@ -99,8 +81,10 @@ def test_the_readmes_training_is_from_the_caches_that_it_makes() -> None:
 
 def test_every_option_that_is_named_exists() -> None:
     known = {f"--{name}" for options in OPTIONS.values() for name in options}
-    known |= {f"--{letter}" for letter in SAMPLE_OPTIONS} | {"--num_processes", "--num_cpu_threads_per_process"}
-    named = set(re.findall(r"(?<![\w-])--\w+\b(?!…)", TEXT))
+    known |= {f"--{name}" for option in options_of(WanTrainFlags) for name in option.names}
+    known |= {f"--{letter}" for letter in (*SAMPLE_OPTIONS, *WanRequestFlags.sample_options)}
+    known |= {"--num_processes", "--num_cpu_threads_per_process"}
+    named = guides.options_named(TEXT)
     assert named - known == set() and len(named) > 90
 
 
@@ -153,7 +137,7 @@ def test_the_table_of_sample_prompts_has_every_letter_with_its_key_and_default()
 
 
 def test_the_prompts_of_the_guide_can_be_sampled(tmp_path: Path) -> None:
-    (prompts,) = (block for kind, block in FENCED.findall(TEXT) if kind == "text")
+    (prompts,) = guides.blocks(TEXT, "text")
     path = tmp_path / "サンプル.txt"
     path.write_text(prompts, encoding="utf-8")
     frame = FramePackRequestFlags(one_frame_inference="default", video_seconds=1 / 30)
@@ -171,24 +155,13 @@ def test_frames_of_a_sample_make_the_sections_that_the_guide_says() -> None:
     assert made == [int(count) for count in sections.split(",")]
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", guides.NAMES)
 def test_links_lead_to_files_and_headings(name: str) -> None:
-    here = (ROOT / name).parent
-    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", DOCS[name])
-    assert len(links) > 5
-    for file, anchor in links:
-        target = here / file if file else ROOT / name
-        assert target.exists(), file
-        assert not anchor or anchor in _anchors(target.read_text(encoding="utf-8")), f"{file}#{anchor}"
-
-
-def _anchors(text: str) -> set[str]:
-    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert guides.broken_links(name) == []
 
 
 def test_every_script_of_the_tree_is_there_and_named_in_the_readme() -> None:
-    scripts = {path.name for path in ROOT.glob("*.py")} - {"quickstart.py"}
+    scripts = {path.name for path in guides.ROOT.glob("*.py")} - {"quickstart.py"}
     assert {name for name in scripts if f"`{name}`" in DOCS["README.md"]} == scripts
 
 
@@ -206,5 +179,7 @@ def test_every_script_of_the_tree_is_there_and_named_in_the_readme() -> None:
 )
 def test_messages_that_are_explained_are_in_the_code(message: str) -> None:
     explained = [line for line in TEXT.split("## Trouble")[1].splitlines() if message in line.split(" | ")[0]]
-    sources = (path for room in ("options", "common", "dataset", "training") for path in (ROOT / room).glob("*.py"))
+    sources = (
+        path for room in ("options", "common", "dataset", "training") for path in (guides.ROOT / room).glob("*.py")
+    )
     assert explained and any(message in path.read_text(encoding="utf-8") for path in sources)

@@ -17,7 +17,7 @@ KISEKAEICHI = "target_index=1,control_index=0;10,no_2x,no_4x,no_post"
 def request(**changes) -> GenerationRequest:
     """A request from flags; the one control image that is asked for its size is 1000×800."""
     flags = replace(FramePackRequestFlags(prompt="a cat", image_path="cat.png"), **changes)
-    return flags.resolve(image_size=lambda path: (1000, 800))
+    return flags.resolve(image_size=lambda path, flag: (1000, 800))
 
 
 # One-frame options

@@ -24,6 +24,7 @@ from modules.transformer_plan import EmptyTransformers, Work
 from options.fpack_request import FramePackRequestFlags
 from options.memory_size import MemorySize
 from options.swap_count import SwapCount
+from tests.guide_tables import rows
 from tests.published import published_models, published_shapes, published_transformer, published_vae
 from tests.training_driver import write_workshop
 
@@ -334,15 +335,6 @@ def test_a_training_is_planned_without_weights(no_weights, tmp_path: Path, capsy
 
 
 # ---- the guide ----
-
-GUIDE = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-
-
-def rows(first_header: str, second_header: str) -> list[list[str]]:
-    """Of the table with these headers."""
-    head = re.escape(f"| {first_header} | {second_header} |")
-    (table,) = re.findall(rf"^{head}.*\n\|-.*\n((?:\|.*\n)+)", GUIDE, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def test_figures_of_steps_in_the_guide_are_computed() -> None:

@@ -9,14 +9,20 @@ import torch
 from PIL import Image
 
 from common.media import Picture, load_picture
+from common.residency import Resident
 from dataset.cache_files import cache_header, latent_metadata, read_cache, write_cache
 from dataset.config import ImageDataset, VideoDataset
 from dataset.crops import Crop
 from dataset.jobs import Job, Sample, Unit
 from dataset.sources import MediaItem
+from options.wan_request import WanRequestFlags
+from options.wan_tasks import find_task
 from tests.wan_encoders import WIDTH as IMAGE_WIDTH
 from tests.wan_encoders import direct_clip, direct_vae, grey, shown_clip
+from wan import text_encoder
+from wan.cached_context import features_from_batch, from_batch
 from wan.caching import WanCacheRules, WanLatentEncoder
+from wan.conditioning import Encoders, WanConditioning, encode_requests
 from wan.image_encoder import load_clip, open_clip
 from wan.vae import load_vae, open_vae
 
@@ -363,3 +369,73 @@ def test_files_have_the_published_keys(vae, clip, pictures, tmp_path: Path) -> N
         "clip_bfloat16",
     }
     assert header.dtypes["clip"] == "float16" and header.metadata["architecture"] == "wan"
+
+
+# ---- the same as in generation ----
+
+
+@pytest.fixture(scope="module")
+def encoders(wan_encoders, vae, clip) -> Encoders:
+    """Generation's, around the models that make the caches."""
+    checkpoint = text_encoder.open_t5(wan_encoders.t5)
+    t5 = text_encoder.load_t5(checkpoint, dtype=torch.float32, device="cpu")
+    lent = {"load": None, "device": torch.device("cpu"), "keep": True}
+    return Encoders(
+        t5=Resident("UMT5", lent=t5, **lent),
+        clip=Resident("CLIP", lent=clip, **lent),
+        vae=Resident("VAE", lent=vae, **lent),
+        tokenizer=lambda: text_encoder.load_tokenizer(given=None, checkpoint=checkpoint),
+        image_width=IMAGE_WIDTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(pictures, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pictures at their final size, as CLIP looks at whole files in generation and at what is trained in caches."""
+    folder = tmp_path_factory.mktemp("画像")
+    for name, picture in pictures.items():
+        layers = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha[..., None]]
+        Image.fromarray(np.concatenate(layers, axis=-1)).save(folder / f"{name}.png")
+    return {name: str(folder / f"{name}.png") for name in pictures}
+
+
+def generated(encoders: Encoders, task: str, **flags) -> WanConditioning:
+    flags = WanRequestFlags(
+        prompt="a cat", task=find_task(task), video_size=(HEIGHT, WIDTH), exact_size=True, seed=1, **flags
+    )
+    (cond,) = encode_requests(encoders, [flags.resolve(image_size=lambda path, flag: (WIDTH, HEIGHT))])
+    assert isinstance(cond, WanConditioning), cond
+    return cond
+
+
+def batch_of(tensors: Tensors) -> Tensors:
+    return {name: tensor[None] for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_one_frame_generation_is_shown_what_the_cache_holds(vae, clip, pictures, encoders, files, task: str) -> None:
+    sample = image_sample(images(2, 0), pictures["cat"], pictures["masked_face"], pictures["masked_cup"])
+    batch = batch_of(encode(vae, clip, "one_frame", sample)[0])
+    controls = (files["masked_face"], files["masked_cup"])
+    options = {"one_frame_inference": "control_index=2;0,target_index=1", "control_image_path": controls}
+    cond = generated(encoders, task, **options)
+    found = from_batch(batch, shows_images=True)
+    assert torch.equal(found.indices, cond.context.indices) and found.target == cond.context.target == 1
+    assert torch.equal(found.latents, cond.context.latents.bfloat16())
+    features = features_from_batch(batch, both_ends=task.startswith("flf2v"))
+    assert torch.allclose(features[0].float(), cond.features, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_video_generation_is_shown_what_the_cache_holds(vae, clip, pictures, encoders, files, task: str) -> None:
+    mode, num_frames = task.partition("-")[0], 9
+    sample = clip_sample(num_frames)
+    sample.frames[0], sample.frames[-1] = pictures["cat"].rgb, pictures["masked_cup"].rgb
+    batch = batch_of(encode(vae, clip, mode, sample)[0])
+    end = {"end_image_path": files["masked_cup"]} if mode == "flf2v" else {}
+    cond = generated(encoders, task, image_path=files["cat"], video_length=num_frames, **end)
+    found = from_batch(batch, shows_images=True)
+    assert torch.equal(found.indices, cond.context.indices) and found.target is cond.context.target is None
+    assert close(found.latents, cond.context.latents)
+    features = features_from_batch(batch, both_ends=mode == "flf2v")
+    assert torch.allclose(features[0].float(), cond.features, rtol=1e-2, atol=1e-3)

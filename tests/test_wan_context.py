@@ -207,13 +207,14 @@ def test_clip_looks_at_the_first_control_or_at_both_ends(indices, first, both):
     [
         ("control_index=0", 1, ["got no target_index; expected the index of the picture; give target_index=1"]),
         ("target_index=1", 1, ["got no control_index; expected one index per control image; give control_index=0"]),
-        ("default", 1, ["no target_index", "no control_index"]),
+        ("default", 1, ["no target_index and no control_index; expected the index of the picture and one index per"]),
         ("target_index=1,control_index=0", 0, ["no control image; expected at least one"]),
+        ("control_index=0", 2, ["no target_index", "1 control indices (0) for 2 control images"]),
         ("target_index=1,control_index=0", 2, ["1 control indices (0) for 2 control images"]),
         ("target_index=1024,control_index=0", 1, ["target_index=1024; expected an index from 0 to 1023"]),
         ("target_index=1,control_index=0;4000", 2, ["control_index=4000; expected an index from 0 to 1023"]),
         ("target_index=1,control_index=0;1", 2, ["target_index=1 and a control image at 1; expected a place of its"]),
-        ("target_index=1024,control_index=1024;2", 1, ["2 control ind", "target_index=1024", "control_index=1024", "own"]),
+        ("target_index=1024,control_index=1024;2", 1, ["2 control", "target_index=1024", "control_index=1024", "own"]),
     ],
 )  # fmt: skip
 def test_bad_options_are_told_line_by_line(text: str, num_controls: int, complaints: list[str]):

@@ -63,7 +63,7 @@ def test_decoding_takes_what_is_alive(checkpoint, dtype, latents, height, width,
         wan_vae.decode(vae, z.to("meta"))
     work = VaeWork.of(checkpoint, itemsize=dtype.itemsize)
     # The second of two latent frames finds less that is kept of the first.
-    assert decode_bytes(work, latents, height, width) == pytest.approx(live.peak, rel=0.07 if latents == 2 else 0.02)
+    assert decode_bytes(work, latents, height, width) == pytest.approx(live.peak, rel=0.07 if latents == 2 else 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

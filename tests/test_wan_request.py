@@ -21,7 +21,7 @@ FLAGS = WanRequestFlags(prompt="猫", seed=3)
 
 
 def request(size: tuple[int, int] = (1000, 800), **changes) -> WanRequest:
-    return replace(FLAGS, **changes).resolve(image_size=lambda path: size)
+    return replace(FLAGS, **changes).resolve(image_size=lambda path, flag: size)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_the_start_image_gives_the_aspect_ratio_and_the_size_the_area():
 def test_the_size_of_one_frame_is_of_what_clip_sees():
     asked = []
 
-    def image_size(path: str) -> tuple[int, int]:
-        asked.append(path)
+    def image_size(path: str, *, flag: str) -> tuple[int, int]:
+        asked.append((flag, path))
         return 100, 100
 
     replace(FLAGS, **ONE_FRAME).resolve(image_size=image_size)
     replace(FLAGS, **{**ONE_FRAME, "image_path": None}).resolve(image_size=image_size)
-    assert asked == ["始.png", "a.png"]
+    assert asked == [("--image_path", "始.png"), ("--control_image_path", "a.png")]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,6 @@ def test_paths_are_referred_to_wherever_they_stand():
     ({"task": find_task("t2i-14B"), "video_length": 5}, "--video_length", "t2v-14B"),
     ({"trim_tail_frames": 81}, "--trim_tail_frames", "less than 81"),
     ({**ONE_FRAME, "trim_tail_frames": 1}, "--trim_tail_frames", "0 for one frame"),
-    ({"video_path": "a.mp4"}, "--video_path", "no video to video"),
     ({"flow_shift": 0.0}, "--flow_shift", "0.001"),
     ({"infer_steps": 0}, "--infer_steps", "from 1"),
     ({"guidance_scale": float("nan")}, "--guidance_scale", "number"),
@@ -194,6 +193,11 @@ def test_options_of_wan22_are_refused_by_name(name):
     value = [] if field.default is False else ["1"]
     with pytest.raises(UserError, match=rf"^--{name}: .*Wan2\.1 only$"):
         parse(WanGenerateFlags, description="", argv=[f"--{name}", *value])
+
+
+def test_video_to_video_is_refused():
+    with pytest.raises(UserError, match="^--video_path: got 動画.mp4; .*there is no video to video$"):
+        parse(WanGenerateFlags, description="", argv=["--video_path", "動画.mp4"])
 
 
 def test_every_task_of_the_table_can_be_asked_for():

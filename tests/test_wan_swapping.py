@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ import wan_generate_video
 from demo.wan_models import WanModelPaths, build_wan_models
 from modules.block_swap import SwapOptions, attach, device_bytes
 from modules.checkpointing import Checkpointing
-from modules.swapping import SwapWish, check_swap
+from modules.swapping import RESERVE, SHARE, SwapWish, check_swap, choose_swap
 from networks.lora_wan import create_network
 from options.errors import UserError
 from options.fp8 import Fp8Mode
 from options.swap_count import SwapCount
 from tests.published import described, published_wan
 from tests.test_weight_ring import LateCopies
+from tests.training_driver import repeatable
+from tests.wan_training_builders import WanShop, one_frame_item, train, trained, write_data, write_dit
 from tests.wan_transformers import build_transformer, conditioning, noisy
 from wan import loading, pipeline
 from wan.config import WanConfig
@@ -149,7 +152,7 @@ def latents(models: WanModelPaths, material, folder: Path, *more: str) -> Tensor
         return file.get_tensor("latent")
 
 
-def test_generated_latents_are_the_same_to_the_last_bit(models, material, tmp_path, swaps, monkeypatch) -> None:
+def test_generated_latents_are_the_same_to_the_last_bit(models, material, tmp_path, swaps) -> None:
     expected = latents(models, material, tmp_path / "a")
     assert not swaps.pop()
     for number, more in enumerate((["--blocks_to_swap", "2"], ["--offload_invariant", "always"])):
@@ -169,9 +172,59 @@ def test_auto_counts_what_the_request_takes(models, material, tmp_path, swaps, m
 
     monkeypatch.setattr(pipeline, "choose_swap", spy)
     monkeypatch.setattr("modules.swapping.RESERVE", 0)
-    for number, share in enumerate((1.2, 0.9, 0.3)):
+    for number, share in enumerate((1.2, 0.95, 0.3)):
         monkeypatch.setattr(pipeline, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
         found = latents(models, material, tmp_path / str(number), "--blocks_to_swap", "auto")
         assert torch.equal(found, expected)
     assert sizes[0] == sizes[1] > 10**6
     assert (swaps[-2].counts, swaps[-2].invariant) == ((0,), "all") and swaps[-1].counts == (2,)
+
+
+@pytest.mark.parametrize("script", ["generate", "train"])
+def test_too_many_blocks_are_refused_before_anything_is_loaded(script, models, shop, tmp_path, capsys) -> None:
+    out, files = tmp_path / "出力", [part for n, path in vars(models).items() for part in (f"--{n}", str(path))]
+    prompt = ["--task", "t2v-14B", "--prompt", "猫", "--blocks_to_swap", "3", "--save_path", str(out)]
+    if script == "generate":
+        assert wan_generate_video.main([*files, *prompt, "--dit", str(models.for_kind("t2v").dit)]) == 2
+    else:
+        assert train(shop.command(out, blocks_to_swap=3)) == 2
+    word = "generation" if script == "generate" else "training"
+    assert f"--blocks_to_swap: got 3; expected at most 2 in {word}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> WanShop:
+    folder = tmp_path_factory.mktemp("学習")
+    data = write_data(folder / "データ", {name: one_frame_item(number) for number, name in enumerate(("a", "猫"))})
+    return WanShop(folder=folder, dit=write_dit(folder, "i2v"), data=data, task="i2v-14B")
+
+
+def test_training_ends_with_the_same_network(shop, tmp_path) -> None:
+    """With everything at once."""
+    options = {"blocks_to_swap": 2, "use_pinned_memory_for_block_swap": True, "block_swap_ring_size": 1}
+    options |= {"gradient_checkpointing": True, "gradient_checkpointing_cpu_offload": True}
+    with repeatable():
+        expected = trained(shop.command(tmp_path / "plain", max_train_steps=3))
+        with patch("modules.activation_offload.MIN_BYTES", 1):
+            found = trained(shop.command(tmp_path / "出力", max_train_steps=3, **options))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(tensor.any() for name, tensor in found.items() if "lora_up" in name)
+
+
+def test_auto_in_training_looks_at_what_is_free(shop, tmp_path, monkeypatch) -> None:
+    seen: list[SwapOptions] = []
+    sizes: list[int] = []
+
+    def spy(wish, limits, *, free, needed):
+        sizes.extend(needed(number, False) for number in range(3))
+        seen.append(choose_swap(wish, limits, free=(sizes[1] + RESERVE) / SHARE, needed=needed))
+        return seen[-1]
+
+    monkeypatch.setattr("training.plan.choose_swap", spy)
+    assert train(shop.command(tmp_path / "出力", blocks_to_swap="auto", max_train_steps=1)) == 0
+    assert [(options.num_blocks, options.invariant) for options in seen] == [(1, "with their blocks")]
+    assert sizes == sorted(sizes, reverse=True) and sizes[1] < sizes[0]

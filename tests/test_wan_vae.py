@@ -117,10 +117,17 @@ def test_pixels_are_clamped(file: Path) -> None:
 
 
 def test_features_wait_in_ram_and_are_lent_once_between_two_writings() -> None:
+    moves = []
+
+    class OnDevice(torch.Tensor):
+        def to(self, place: object) -> torch.Tensor:
+            moves.append(place)
+            return torch.ones(2)
+
     features = ours.FeaturesInRam([None, None], torch.device("meta"))  # stands in for a GPU
     assert features[0] is None
-    features[0], features[1] = "Rep", torch.ones(2)
-    assert features[0] == "Rep" and list.__getitem__(features, 1).device.type == "cpu"
+    features[0], features[1] = "Rep", torch.zeros(2).as_subclass(OnDevice)
+    assert features[0] == "Rep" and moves == ["cpu"] and type(list.__getitem__(features, 1)) is torch.Tensor
     lent = features[1]
     assert lent.device.type == "meta" and features[1] is lent
     gone = weakref.ref(lent)

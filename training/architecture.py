@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -46,6 +47,10 @@ class Architecture(Protocol):
     @property
     def sample_defaults(self) -> RequestFlags:
         """What sample prompts leave open."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What of the family's own flags decides what is learnt; it may change from a state to its continuation."""
 
     def empty_transformer(self) -> nn.Module:
         """The transformer on the meta device: what a network can be tried on before weights are loaded."""

@@ -166,7 +166,7 @@ def plan_run(architecture: Architecture, flags: TrainFlags, processes: Processes
         saves=saves,
         resume=resume,
         fingerprint=fingerprint,
-        settings=_settings(flags, mixed_precision, saves.num_steps),
+        settings=_settings(flags, mixed_precision, saves.num_steps) | dict(architecture.settings),
     )
 
 

@@ -58,7 +58,7 @@ def sample_jobs(path: str, defaults: RequestFlags, *, seed: int) -> tuple[Job, .
         own = stable_number("sample", seed, prompt.number) % 2**32
 
         def resolve(flags: RequestFlags) -> Job:
-            return single_job(replace(flags, seed=own if flags.seed is None else flags.seed), _size, prompt.where)
+            return single_job(replace(flags, seed=own if flags.seed is None else flags.seed), image_size, prompt.where)
 
         return prompt.resolve(defaults, resolve)
 
@@ -69,10 +69,6 @@ def sample_jobs(path: str, defaults: RequestFlags, *, seed: int) -> tuple[Job, .
         for remark in (*made.request.remarks(), *own):
             logger.warning("%s: %s", prompt.where, prompt.in_its_terms(remark))
     return jobs
-
-
-def _size(path: str) -> tuple[int, int]:
-    return image_size(path, flag="--control_image_path")
 
 
 def sample_due(flags: SampleFlags, *, step: int, epoch_end: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +24,7 @@ from networks.network import Network
 from options.errors import UserError
 from options.flags_wan_train import WanTrainFlags
 from options.wan_request import WanRequestFlags
-from options.wan_tasks import FLAG, WanTask
+from options.wan_tasks import WanTask, width_hint
 from wan.cached_context import FEATURES, INDICES, SHOWN, features_from_batch, from_batch
 from wan.checkpoints import from_release, open_models, open_task_transformer
 from wan.compute import Compute, encoder_types
@@ -37,6 +38,8 @@ from wan.plan import empty_transformers
 from wan.swapping import swap_limits
 from wan.training_plan import largest_batch
 from wan.training_rules import WanTrainingRules, needed_contents
+
+logger = logging.getLogger(__name__)
 
 TEXT = "t5"
 
@@ -61,7 +64,10 @@ class WanArchitecture:
         """Raises UserError for a `--dit` that is not a whole, undamaged transformer of the task, or too much swap."""
         models, task = from_release(flags.models), flags.wan.task
         checkpoint = open_task_transformer(models, task, fp8=flags.memory.fp8_mode)
-        check_swap(SwapWish.of_training(flags.memory), swap_limits(WanConfig.from_checkpoint(checkpoint)))
+        config = WanConfig.from_checkpoint(checkpoint)
+        check_swap(SwapWish.of_training(flags.memory), swap_limits(config))
+        if hint := width_hint(task, config.width):
+            logger.warning(hint)
         return cls(checkpoint=checkpoint, rules=WanTrainingRules.of_task(task), flags=flags)
 
     @property
@@ -76,6 +82,10 @@ class WanArchitecture:
             exact_size=True,
             one_frame_inference="default" if self.flags.wan.one_frame else None,
         )
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        return {"task": self.task.name, "one_frame_target_loss_only": self.flags.wan.one_frame_target_loss_only}
 
     def load_transformer(
         self,
@@ -111,8 +121,8 @@ class WanArchitecture:
         """Raises UserError for caches that lack what the transformer is to be shown, or one-frame caches without it."""
         layout.check_contents(needed_contents(self.task))
         if self.flags.wan.one_frame_target_loss_only and INDICES not in layout.contents:
-            got, expected = f"caches without {INDICES}", "one-frame caches"
-            raise UserError("--one_frame_target_loss_only", got, expected, f"leave it out for {FLAG} {self.task.name}")
+            got, expected = f"caches without {INDICES}", "one-frame caches only"
+            raise UserError("--one_frame_target_loss_only", got, expected, "leave it out, or train clips on their own")
 
     def predict_velocity(self, transformer: nn.Module, noisy: Tensor, sigmas: Tensor, batch: TrainBatch) -> Tensor:
         return predict_velocity(transformer, noisy, sigmas, batch, task=self.task)
@@ -125,7 +135,7 @@ class WanArchitecture:
         return 1 - marks.float()
 
     def pipeline(self, *, dtype: torch.dtype, device: torch.device, transformer: nn.Module | None) -> WanPipeline:
-        wan, models = self.flags.wan, self.flags.models
+        wan, models = self.flags.wan, from_release(self.flags.models)
         compute = Compute(
             device=device,
             transformer_dtype=dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,22 +9,21 @@ from common.weights import Checkpoint, check_names_and_shapes
 from options.errors import UserError
 from options.flags_wan_generate import WanModelFlags
 from options.fp8 import Fp8Mode
-from options.wan_tasks import FLAG, WanTask, check_transformer, width_hint
+from options.wan_tasks import FLAG, WanTask, check_transformer
 from wan.config import WanConfig
 from wan.image_encoder import build_clip, open_clip
 from wan.loading import build_transformer, open_transformer
 from wan.text_encoder import build_t5, find_tokenizer, open_t5
 from wan.vae import build_vae, open_vae
 
-logger = logging.getLogger(__name__)
-
 RELEASE = {
     "dit": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-of-*.safetensors"),
     "vae": ("Wan2.1_VAE.pth",),
     "t5": ("models_t5_umt5-xxl-enc-bf16.pth",),
     "clip": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+    "t5_tokenizer": ("google/umt5-xxl",),
 }
-"""The files of an official release, by flag."""
+"""What is in an official release, by flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +70,6 @@ def open_task_transformer(flags: WanModelFlags, task: WanTask, *, fp8: Fp8Mode =
     config = WanConfig.from_checkpoint(checkpoint)
     check_transformer(task, config.kind, config.in_channels, where=f"{checkpoint.flag} {checkpoint.path}")
     build_transformer(checkpoint, fp8=fp8)
-    if hint := width_hint(task, config.width):
-        logger.warning(hint)
     return checkpoint
 
 
@@ -81,13 +77,13 @@ def open_models(flags: WanModelFlags, task: WanTask, *, fp8: Fp8Mode = "off") ->
     """Finds all models and the tokenizer, and checks everything that headers tell.
 
     Args:
+        flags: with what an official release has, see `from_release`.
         fp8: how the transformer is going to be loaded.
 
     Raises:
         UserError: one is not given, missing, damaged, incomplete, another model than its flag says, or not made for
             the task's transformer.
     """
-    flags = from_release(flags)
     memmap = not flags.disable_numpy_memmap
     if task.takes_image and flags.clip is None:
         expected = f"the CLIP image encoder, which {FLAG} {task.name} needs"

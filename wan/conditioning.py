@@ -21,7 +21,7 @@ from generation.encoding import ImageInput, Results, encode_each, without_frames
 from generation.pipeline import Failure
 from modules.guidance import needs_negative, plan_guidance
 from options.errors import UserError
-from options.geometry import VAE_STRIDE
+from options.geometry import FRAMES_PER_LATENT, VAE_STRIDE
 from options.wan_request import WanRequest
 from wan.context import (
     WanContext,
@@ -235,7 +235,7 @@ def _clips(request: WanRequest) -> dict[str, VaeInput]:
     if request.appends_end:
         shown["end"] = end
     if request.control_path is not None:
-        length = num_frames + (1 if request.appends_end else 0)
+        length = num_frames + (FRAMES_PER_LATENT if request.appends_end else 0)
         shown["control video"] = ControlClip(ImageInput.of(request.control_path, *size), length)
     return shown
 
@@ -254,8 +254,10 @@ class _Encoded:
 
 def _features(clip: Any, image: ImageInput) -> Tensor:
     """(257, image_width)"""
-    picture = np.array(open_image(image.path, flag="input image").convert("RGB"))
-    return encode_pictures(clip, [picture])[0].cpu()
+    picture = open_image(image.path, flag="input image")
+    # The colour under transparent pixels is the file's, as for the VAE.
+    colours = np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))[..., :3]
+    return encode_pictures(clip, [colours])[0].cpu()
 
 
 def thumbnail(rgb: np.ndarray) -> np.ndarray:

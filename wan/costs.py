@@ -165,11 +165,12 @@ class WanCosts:
     def kept_bytes(self, work: Work, kept: Kept) -> int:
         """What a forward pass keeps for the backward pass when every linear layer of the blocks has an adapter.
 
-        Of the three sub-layers each keeps a norm's input in float32 and its result, of attention the query before and
-        after its norm and the result (3), and of self-attention key and value (3), of the MLP what is before and after
-        its activation. A second context has a result of its own and is added to the first (2). Of the context itself
-        there are keys before and after their norm, and values. Low ranks and statistics make about a tenth of a row.
-        The head keeps a norm's input, too; that of the first block is not needed again.
+        Of the three sub-layers each keeps a norm's input in float32 and its result; of attention the query before and
+        after its norm and the result (3), of self-attention the key before and after its norm and the value (3), of the
+        MLP what is before and after its activation. A picture's context has a result of its own, which is added to the
+        text's (2). Of the context itself there are keys before and after their norm, and values. Low ranks and
+        statistics make about a tenth of a row. The head keeps a norm's input, too; that of the first block is not
+        needed again.
         """
         wide, total, block = FLOAT32 / work.itemsize, self.tokens.total, self._block_rows(work)
         rows = wide * total * (1 if 0 in kept.checkpointed else 0)

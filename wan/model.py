@@ -62,6 +62,22 @@ class Prepared:
     modulations: Tensor
     """(S, B, 6, D) float32; each block adds its own."""
 
+    def sample(self, number: int) -> Prepared:
+        """Of one sample of the batch; nothing is copied."""
+        here = slice(number, number + 1)
+
+        def own(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+            return [None if tensor is None else tensor[here] for tensor in tensors]
+
+        return Prepared(
+            beside=own((self.beside,))[0],
+            rope=self.rope.sample(number),
+            context=Context(*own(self.context)),
+            known=tuple(known and KeysValues(*own(known)) for known in self.known),
+            time=self.time[:, here],
+            modulations=self.modulations[:, here],
+        )
+
 
 class WanTransformer(nn.Module):
     """Predicts the flow velocity of a clip. See the module's docstring."""

@@ -90,7 +90,7 @@ class WanPipeline:
             keep=keep_loaded,
             lent=transformer,
         )
-        self._has_loras = transformer is not None or bool(merge and merge.choices)
+        self._needs_advice = transformer is None and not (merge and merge.choices)
         if transformer is None:
             check_swap(compute.swap, swap_limits(self._config))
 
@@ -108,7 +108,8 @@ class WanPipeline:
             check_layers(slg.blocks, self._config.num_blocks)
         check_control(request)
         self._transformer.check(request)
-        if request.one_frame is not None and not (self._has_loras or request.loras):
+        if self._needs_advice and request.one_frame is not None and not request.loras:
+            self._needs_advice = False
             logger.warning("Wan's own weights repeat the control image: one-frame inference wants a LoRA made for it")
 
     def num_operations(self, request: WanRequest) -> int:

@@ -31,6 +31,7 @@ from wan.config import WanConfig
 from wan.costs import Tokens, WanCosts, num_features, num_target_frames
 from wan.loading import FLOAT32, build_transformer
 from wan.memory import VaeWork, decode_bytes, encode_bytes, t5_weights, t5_work
+from wan.sampling import joins_passes
 from wan.swapping import swap_limits
 from wan.text_encoder import prompt_tokens
 
@@ -121,7 +122,8 @@ class GenerationPlan:
             weights = whole_weights(files.clip, itemsize=compute.clip_dtype.itemsize)
             yield Stage(name="CLIP", parts=(("weights", weights),))
         if request.task.kind != "t2v":
-            num_frames = 1 if request.one_frame is not None else request.num_frames
+            # A control clip is as long as what is made, an appended end image is not encoded with the clip before it.
+            num_frames = request.num_frames if request.control_path is None else self._num_frames
             work = encode_bytes(self._vae_work(options), num_frames, request.height, request.width)
             yield Stage(name="VAE encoding", parts=(("weights", self._vae_weights), ("work", work)))
 
@@ -129,6 +131,11 @@ class GenerationPlan:
         request, work = self.request, self._vae_work(options)
         work = decode_bytes(work, num_target_frames(request), request.height, request.width)
         return Stage(name="VAE decoding", parts=(("weights", self._vae_weights), ("work", work)))
+
+    @property
+    def _num_frames(self) -> int:
+        """Pixel frames that are made."""
+        return FRAMES_PER_LATENT * (num_target_frames(self.request) - 1) + 1
 
     @cached_property
     def _vae_weights(self) -> int:
@@ -157,8 +164,7 @@ class GenerationPlan:
 
     def _title(self) -> str:
         request, compute = self.request, self.compute
-        num_frames = FRAMES_PER_LATENT * (num_target_frames(request) - 1) + 1
-        kind = f"{num_frames} frames"
+        kind = f"{self._num_frames} frames"
         if request.is_picture:
             kind = "one frame" if request.one_frame is not None else "one picture"
         num_passes = sum(len(step.passes) for step in self.guidance)
@@ -205,6 +211,7 @@ def plan_generation(
             num_steps=request.num_steps,
             # A skipping pass uses what is prepared for the negative one.
             num_passes=len(prompts),
+            joins_passes=joins_passes(request),
             lora_bytes=sum(Path(lora.path).stat().st_size for lora in request.loras),
         ),
         compute=compute,

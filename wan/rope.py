@@ -26,6 +26,10 @@ class ClipRope:
         self._indices, self._axes = indices, axes
         self._tables: dict[tuple[int, int], Rope] = {}
 
+    def sample(self, number: int) -> ClipRope:
+        """Of one sample of the batch."""
+        return ClipRope(self._indices[number : number + 1], self._axes)
+
     def of(self, height: int, width: int) -> Rope:
         """For so many token rows and columns."""
         size = (height, width)
