@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from common.flags import run_script
+from options.flags_compile import check_compile
 from options.flags_fpack_generate import FramePackGenerateFlags
-from options.generate_checks import check_saved_model, check_speed
+from options.generate_checks import check_saved_model, log_hints
 from options.lora import lora_choices
 
 
@@ -27,6 +28,7 @@ def open_pipeline(flags: FramePackGenerateFlags):
     from frame_pack.pipeline import Compute, FramePackPipeline
     from networks.lora_merge import plan_merge
 
+    check_compile(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))
     choices = lora_choices(flags.lora)
     checkpoints = open_models(flags.models, fp8=flags.compute.fp8_mode)
     merge = plan_merge(choices, checkpoints.transformer)
@@ -37,7 +39,7 @@ def open_pipeline(flags: FramePackGenerateFlags):
     else:
         compute = compute.planned(flags.compute)  # perhaps for another machine's GPU
     pipeline = FramePackPipeline(checkpoints, compute, tokenizers=tokenizers, keep_loaded=keep, merge=merge)
-    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))  # last, as it may log something
+    log_hints(flags.compilation.hints())
     return pipeline
 
 

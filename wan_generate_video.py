@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from common.flags import run_script
+from options.flags_compile import check_compile
 from options.flags_wan_generate import WanGenerateFlags
-from options.generate_checks import check_saved_model, check_speed, log_hints
+from options.generate_checks import check_saved_model, log_hints
 from options.lora import lora_choices
 from options.wan_tasks import width_hint
 
@@ -30,6 +31,7 @@ def open_pipeline(flags: WanGenerateFlags):
     from wan.config import WanConfig
     from wan.pipeline import WanPipeline
 
+    check_compile(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))
     models, task = from_release(flags.models), flags.request.task
     checkpoints = open_models(models, task, fp8=flags.compute.fp8_mode)
     merge = plan_merge(lora_choices(flags.lora), checkpoints.transformer)
@@ -39,9 +41,8 @@ def open_pipeline(flags: WanGenerateFlags):
     else:
         compute = compute.planned(flags.compute)  # perhaps for another machine's GPU
     pipeline = WanPipeline(checkpoints, compute, tokenizer=models.t5_tokenizer, keep_loaded=keep, merge=merge)
-    check_speed(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))  # last, as it may log something
-    hint = width_hint(task, WanConfig.from_checkpoint(checkpoints.transformer).width)
-    log_hints([*flags.request.guidance_hints(), *([hint] if hint else [])])
+    width = WanConfig.from_checkpoint(checkpoints.transformer).width
+    log_hints([*flags.compilation.hints(), *flags.request.guidance_hints(), width_hint(task, width)])
     return pipeline
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from common.weights import Checkpoint
 from options.errors import UserError
+from options.wan_tasks import WAN21_ONLY
 
 FRAMEPACK_TRANSFORMER = "FramePack transformer"
 HUNYUAN_VAE = "HunyuanVideo VAE"
@@ -17,7 +18,6 @@ WAN22_VAE = "Wan2.2 VAE"
 UMT5 = "UMT5 text encoder"
 WAN_CLIP = "CLIP image encoder"
 LORA = "LoRA"
-WAN21_ONLY = "not supported: Wan2.1 only"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from common.files import existing_file
-from options.errors import UserError, did_you_mean
+from options.errors import UserError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -399,11 +399,12 @@ def empty_model(checkpoint: Checkpoint, build: Callable[[], nn.Module]) -> nn.Mo
     """`empty_module` for dimensions that were read from `checkpoint`'s shapes.
 
     Raises:
-        UserError: no model has these dimensions: some tensor has a shape that it should not have.
+        UserError: no model has these dimensions: some tensor has a shape that it should not have, or `config.json`
+            says something that cannot be.
     """
     try:
         return empty_module(build)
-    except (ValueError, ZeroDivisionError) as error:
-        where = f"{checkpoint.flag} {checkpoint.path}"
-        remedy = "the file is damaged or another model's"
-        raise UserError(where, f"shapes that do not fit together ({error})", "the published layout", remedy) from error
+    except Exception as error:  # libraries have errors of their own for numbers and names that they cannot use
+        where, remedy = f"{checkpoint.flag} {checkpoint.path}", "the file or its config.json is damaged or another's"
+        got = f"shapes that do not fit together ({one_line(str(error))})"
+        raise UserError(where, got, "the published layout", remedy) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from options.geometry import FRAMES_PER_LATENT
+from options.geometry import FRAMES_PER_LATENT, whole_latents
 
 if TYPE_CHECKING:
     from dataset.config import VideoDataset
@@ -52,11 +52,6 @@ class Trim:
     """Pixel frames that are used: 4n + 1, of FramePack 4 · sections · window + 1; or 0."""
     note: str | None
     """What was cut off, or why nothing is left; None when the crop fits exactly."""
-
-
-def whole_latents(num_frames: int) -> int:
-    """The largest 4n + 1 that is at most `num_frames`; 0 for no frames."""
-    return (num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1 if num_frames > 0 else 0
 
 
 def plan_crops(

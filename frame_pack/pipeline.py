@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.device import free_memory, pick_dtype
+from common.device import pick_dtype
 from common.residency import Resident
 from common.tokenizers import tokenizer_fingerprint
 from common.weights import Checkpoint, fingerprint
@@ -30,9 +30,7 @@ from generation.settings import Provenance, merged_loras
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import find_tokenizer, load_clip, load_llama, load_tokenizer
-from modules.block_swap import SwapOptions
 from modules.compute import TransformerCompute, planned_device, transformer_compute
-from modules.swapping import check_swap, choose_swap
 from modules.transformer_plan import EmptyTransformers
 from networks.lora_merge import LoraMerge
 from networks.transformer_stage import TransformerStage
@@ -138,15 +136,16 @@ class FramePackPipeline:
         )
         self._transformer = TransformerStage(
             files.transformer,
-            self._load_transformer,
+            load_transformer,
+            compute=compute,
+            merge=merge,
+            limits=swap_limits(FramePackConfig.from_checkpoint(files.transformer)),
+            plan=self._plan,
             # What is kept for later steps grows with the tokens and, less, with the steps.
             size=lambda request: (num_tokens(request), request.num_steps),
-            device=compute.device,
             keep=keep_loaded,
             lent=transformer,
         )
-        if transformer is None:
-            check_swap(compute.swap, swap_limits(FramePackConfig.from_checkpoint(files.transformer)))
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
@@ -181,19 +180,6 @@ class FramePackPipeline:
     def _empty(self) -> EmptyTransformers:
         return empty_transformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
-    def _load_transformer(self, largest: FramePackRequest) -> FramePackTransformer:
-        compute, checkpoint = self.compute, self._checkpoints.transformer
-        place = {"dtype": compute.transformer_dtype, "device": compute.device}
-        swap = self._choose_swap(largest)
-        transformer = load_transformer(checkpoint, merge=self._merge, fp8=compute.fp8, swap=swap, **place)
-        compute.execution.apply_to(transformer)
-        return transformer
-
-    def _choose_swap(self, largest: FramePackRequest) -> SwapOptions:
-        wish, free = self.compute.swap, free_memory(self.compute.device)
-        plan = cache(lambda: self._plan(largest))
-        return choose_swap(wish, self._empty.limits, free=free, needed=lambda *choice: plan().needed(*choice))
-
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
         with torch.no_grad():
@@ -222,5 +208,4 @@ class FramePackPipeline:
         sizes = {"tile_size": compute.vae_tile_size, "chunk_size": compute.vae_chunk_size}
         work = VaeWork.of(self._checkpoints.vae, itemsize=compute.encoder_dtype.itemsize, **sizes)
         needed = decode_bytes(work, num_latents, request.height, request.width)
-        if free_memory(compute.device) < needed:
-            self._transformer.step_aside()
+        self._transformer.make_room(needed)

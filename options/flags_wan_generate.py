@@ -12,8 +12,7 @@ from options.flags_generate import ComputeFlags, OutputFlags, SeriesFlags
 from options.flags_lora import LoraFlags
 from options.swap_count import SwapCount
 from options.wan_request import WanRequestFlags
-
-WAN21_ONLY = "not supported: Wan2.1 only"
+from options.wan_tasks import WAN21_ONLY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from options.errors import UserError
-from options.flags_compile import CompileFlags, check_compile
 from options.flags_generate import ComputeFlags, RequestFlags, SeriesFlags
 from options.flags_lora import LoraFlags
 
@@ -23,15 +22,9 @@ class SavingFlags(Protocol):
     series: SeriesFlags
 
 
-def check_speed(flags: CompileFlags, *, swaps: bool) -> None:
-    """Raises UserError for what cannot work, and logs what has no effect."""
-    check_compile(flags, swaps=swaps)
-    log_hints(flags.hints())
-
-
-def log_hints(hints: Iterable[str]) -> None:
-    """Advice about options that have no effect or may not be meant."""
-    for hint in hints:
+def log_hints(hints: Iterable[str | None]) -> None:
+    """Advice about options that have no effect or may not be meant, when everything is known to work."""
+    for hint in filter(None, hints):
         logger.warning(hint)
 
 

@@ -45,12 +45,17 @@ def _floor(value: float) -> int:
     return int(value) // SIZE_STEP * SIZE_STEP
 
 
+def whole_latents(num_frames: int) -> int:
+    """The largest 4n + 1 that is at most `num_frames`; 0 for no frames."""
+    return (num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1 if num_frames > 0 else 0
+
+
 def size_like(image: tuple[int, int], *, area: int) -> tuple[int, int]:
     """(width, height) in steps of 16 with at most about `area` pixels and the aspect ratio of `image` (width, height).
 
     Source: Wan's image-to-video pipeline.
     """
-    ratio = image[1] / image[0]
-    sides = (math.sqrt(area / ratio), math.sqrt(area * ratio))
-    width, height = (max(int(side) // SIZE_STEP * SIZE_STEP, SIZE_STEP) for side in sides)
+    # In whole numbers: rounding would take 16 rows from a picture that has the area already.
+    sides = (math.isqrt(area * image[0] // image[1]), math.isqrt(area * image[1] // image[0]))
+    width, height = (max(side // SIZE_STEP * SIZE_STEP, SIZE_STEP) for side in sides)
     return width, height

@@ -9,7 +9,7 @@ from typing import ClassVar, Self, get_args
 from options.errors import UserError, UserErrors
 from options.flag_fields import flag, refused
 from options.flags_generate import RequestFlags, SolverName, split_image_list
-from options.geometry import FRAMES_PER_LATENT, check_size, size_like
+from options.geometry import FRAMES_PER_LATENT, check_size, size_like, whole_latents
 from options.guidance import GuidanceOptions, SkipLayers
 from options.line_options import GENERATION_OPTIONS, INTEGER, NUMBER, SAMPLE_OPTIONS, LineOption, sample_option
 from options.lora import parse_prompt_lora
@@ -209,7 +209,6 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
             path, where = flags.first_image()
             width, height = size_like(image_size(path, flag=where), area=height * width)
             check_size(height, width)
-        num_latents = (flags.num_frames - 1) // FRAMES_PER_LATENT
         return WanRequest(
             task=task,
             prompt=prompt,
@@ -223,7 +222,7 @@ class WanRequestFlags(RequestFlags, WanGuidanceFlags):
             height=height,
             width=width,
             crops_images=crops,
-            num_frames=1 if one_frame is not None else FRAMES_PER_LATENT * num_latents + 1,
+            num_frames=1 if one_frame is not None else whole_latents(flags.num_frames),
             num_steps=task.num_steps if flags.infer_steps is None else flags.infer_steps,
             seed=chosen_seed(flags),
             cfg_scale=task.cfg_scale if flags.guidance_scale is None else flags.guidance_scale,
@@ -292,7 +291,7 @@ def _problems(flags: WanRequestFlags) -> Iterator[UserError]:
 def _trim_problems(flags: WanRequestFlags) -> Iterator[UserError]:
     """What is trimmed has to leave something."""
     appends_end = flags.end_image_path is not None and flags.task.kind != "flf2v"
-    num_frames = flags.num_frames + (FRAMES_PER_LATENT if appends_end else 0)
+    num_frames = whole_latents(flags.num_frames) + (FRAMES_PER_LATENT if appends_end else 0)
     if flags.trim_tail_frames >= num_frames:
         yield UserError("--trim_tail_frames", flags.trim_tail_frames, f"less than {num_frames} frames", "use 0, say")
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from options.errors import UserError, did_you_mean
 
 FLAG = "--task"
+WAN21_ONLY = "not supported: Wan2.1 only"
 TransformerKind = Literal["t2v", "i2v", "flf2v", "fun_control"]
 """Told from a checkpoint's shapes: 16, 36, 36 and 48 input channels; flf2v alone has `img_emb.emb_pos`."""
 TITLES: dict[TransformerKind, str] = {
@@ -110,7 +111,7 @@ def find_task(name: str, where: str = FLAG) -> WanTask:
     names = [task.name for task in TASKS]
     if name in names:
         return TASKS[names.index(name)]
-    remedy = "not supported: Wan2.1 only" if name in WAN22_TASKS else did_you_mean(name, names, "change it")
+    remedy = WAN21_ONLY if name in WAN22_TASKS else did_you_mean(name, names, "change it")
     raise UserError(where, name or "nothing", f"a task of Wan2.1: {', '.join(names)}", remedy)
 
 

@@ -23,10 +23,9 @@ from modules.compiling import check_compiling, compile_blocks
 from modules.execution import Execution
 from networks.network import Network
 from options.errors import UserError
-from options.flags_compile import CACHE_SIZE_LIMIT, CompileChoice
+from options.flags_compile import CACHE_SIZE_LIMIT, CompileChoice, check_compile
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags
-from options.generate_checks import check_speed
 from options.one_frame import OneFrameOptions
 from tests.training_builders import (
     EPOCH,
@@ -313,21 +312,21 @@ def test_what_has_no_effect_on_compiling_is_said(argv, expected):
     assert [hint.split()[0] for hint in hints] == expected and all("has no effect" in hint for hint in hints)
 
 
-def test_generation_says_so_too_and_wants_a_limit_that_lets_something_be_compiled(caplog):
+def test_generation_says_so_too_and_wants_a_limit_that_lets_something_be_compiled():
     flags = parse(FramePackGenerateFlags, description="", argv=["--compile_mode", "max-autotune"])
-    check_speed(flags.compilation, swaps=True)
-    assert [record.message for record in caplog.records] == ["--compile_mode has no effect without --compile"]
+    check_compile(flags.compilation, swaps=True)
+    assert list(flags.compilation.hints()) == ["--compile_mode has no effect without --compile"]
     wrong = parse(
         FramePackGenerateFlags, description="", argv=["--compile", "--compile_cache_size_limit", "0"]
     ).compilation
     with pytest.raises(UserError, match="--compile_cache_size_limit: got 0; expected 1 or more"):
-        check_speed(wrong, swaps=False)
+        check_compile(wrong, swaps=False)
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_recorded_graphs_are_refused_where_weights_come_and_go(mode):
     argv = ["--compile", "--compile_mode", mode, "--blocks_to_swap", "2"]
     flags = parse(FramePackGenerateFlags, description="", argv=argv).compilation
-    check_speed(flags, swaps=False)
+    check_compile(flags, swaps=False)
     with pytest.raises(UserError, match=f"--compile: got {mode} with --blocks_to_swap; .*max-autotune-no-cudagraphs"):
-        check_speed(flags, swaps=True)
+        check_compile(flags, swaps=True)

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from common.media import fit, read_video, write_video
-from dataset.crops import Crop, cut, plan_crops, trim, whole_latents
+from dataset.crops import Crop, cut, plan_crops, trim
 from dataset.frames import examine_video, read_frames
 from dataset.rates import resample_indices
 from options.errors import UserError
+from options.geometry import whole_latents
 
 STEP = 12
 """Grey levels between two frames of `numbered`; coding moves them by less than half of it."""

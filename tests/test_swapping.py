@@ -22,6 +22,7 @@ from frame_pack.swapping import swap_limits
 from modules.block_swap import SwapOptions
 from modules.checkpointing import Checkpointing
 from modules.swapping import SwapLimits, SwapWish, check_swap, choose_swap
+from networks import transformer_stage
 from options.errors import UserError
 from options.flags_fpack_generate import FramePackGenerateFlags
 from options.flags_fpack_train import FramePackTrainFlags
@@ -230,16 +231,16 @@ def test_auto_counts_what_the_largest_request_takes(models, material, tmp_path, 
     """A device that is short of memory by a little, then by a lot."""
     expected = latents(models, material, tmp_path / "a")
     sizes: list[int] = []
-    choose = pipeline_module.choose_swap
+    choose = transformer_stage.choose_swap
 
     def spy(*arguments, needed, **rest):
         sizes.append(needed(0, False))
         return choose(*arguments, needed=needed, **rest)
 
-    monkeypatch.setattr(pipeline_module, "choose_swap", spy)
+    monkeypatch.setattr(transformer_stage, "choose_swap", spy)
     monkeypatch.setattr("modules.swapping.RESERVE", 0)
     for number, share in enumerate((1.2, 0.9, 0.3)):
-        monkeypatch.setattr(pipeline_module, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
+        monkeypatch.setattr(transformer_stage, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
         more = ["--blocks_to_swap", "auto"]
         found = latents(models, material, tmp_path / str(number), *more)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -316,8 +317,8 @@ def test_auto_looks_at_the_batches_the_network_and_the_optimizer(workshop, tmp_p
         seen.append(choose_swap(wish, limits, free=0.8 * sizes[-1] + 2 * 2**29, needed=needed))
         return seen[-1]
 
-    monkeypatch.setattr("frame_pack.architecture.choose_swap", spy)
-    monkeypatch.setattr("frame_pack.architecture.free_memory", lambda device: 5 * GB)
+    monkeypatch.setattr("training.plan.choose_swap", spy)
+    monkeypatch.setattr("training.plan.free_memory", lambda device: 5 * GB)
     for name, changes in {"a": {}, "b": {"network_dim": 64}, "c": {"optimizer_type": "torch.optim.SGD"}}.items():
         command = workshop.command(tmp_path / name, blocks_to_swap="auto", max_train_steps=1, **changes)
         assert train(command) == 0

@@ -289,6 +289,9 @@ def test_a_loss_mask_weighs_the_target_among_controls_that_count_everywhere(vae,
     assert (found[0, 1, :, : W // 2] == 1).all() and (found[0, 1, :, W // 2 :] == 0).all()
     (plain,) = encode(vae, clip, "t2v", image_sample(images(), pictures["cat"], loss_mask=mask))
     assert torch.equal(plain["latents_loss_mask"], found[:, 1:2])
+    last = image_sample(images(2, 0, fp_1f_target_index=5), *[pictures["cat"]] * 3, loss_mask=mask)
+    (tensors,) = encode(vae, clip, "one_frame", last)
+    assert torch.equal(tensors["latents_loss_mask"][0], found[0, [0, 2, 1]]), "the target comes last"
 
 
 # ---- batches ----

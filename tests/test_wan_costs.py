@@ -188,26 +188,30 @@ BLOCKS = 4
 
 
 def on_meta(
-    name: str, frames: int, height: int, width: int, dtype: torch.dtype
+    name: str, frames: int, height: int, width: int, dtype: torch.dtype, *, batch: int = 1
 ) -> tuple[WanTransformer, Conditioning, Tensor, WanCosts]:
     config = published(name, num_blocks=BLOCKS)
-    conditioning = conditioning_of(config, frames, size=(height, width), device="meta")
-    latents = torch.empty(1, 16, frames, height, width, device="meta")
+    conditioning = conditioning_of(config, frames, batch=batch, size=(height, width), device="meta")
+    latents = torch.empty(batch, 16, frames, height, width, device="meta")
     costs = costs_of(config, frames * height * width // PATCH**2)
     return transformer_of(config, dtype, "meta"), conditioning, latents, costs
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bytes_of_a_step_are_those_that_are_alive(size: tuple, dtype: torch.dtype, monkeypatch) -> None:
+def test_bytes_of_a_step_are_those_that_are_alive(size: tuple, dtype: torch.dtype, batch: int, monkeypatch) -> None:
     use_fused_kernels(monkeypatch)
-    transformer, conditioning, latents, costs = on_meta(*size, dtype)
-    prepared = transformer.prepare(conditioning, torch.ones(1, 1, device="meta"))
-    prepared.rope.of(size[2] // PATCH, size[3] // PATCH)
+    transformer, conditioning, latents, costs = on_meta(*size, dtype, batch=batch)
+    work = Work(itemsize=dtype.itemsize, batch=batch)
+    with LiveBytes() as live:
+        prepared = transformer.prepare(conditioning, torch.ones(1, batch, device="meta"))
+        prepared.rope.of(size[2] // PATCH, size[3] // PATCH)
+    assert costs.prepared_bytes(work) == pytest.approx(live.now, rel=0.01)
     with LiveBytes() as live:
         transformer.step(latents, prepared, 0)
-    assert costs.step_bytes(Work(itemsize=dtype.itemsize)) == pytest.approx(live.peak, rel=0.01)
+    assert costs.step_bytes(work) == pytest.approx(live.peak, rel=0.01)
 
 
 @torch.no_grad()

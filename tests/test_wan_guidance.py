@@ -21,7 +21,8 @@ def test_flags_become_options():
     skip = ("--cfg_skip_mode", "early_late", "--cfg_apply_ratio", "0.6")
     flags = given(*skip, "--slg_layers", " 10, 9 ,9", "--slg_mode", "original", "--slg_end", "0.5", "--slg_scale", "2")
     layers = SkipLayers(blocks=(9, 10), mode="original", scale=2.0, start=0.0, end=0.5)
-    assert flags.guidance_options() == GuidanceOptions(cfg_skip_mode="early_late", cfg_apply_ratio=0.6, skip_layers=layers)
+    wanted = GuidanceOptions(cfg_skip_mode="early_late", cfg_apply_ratio=0.6, skip_layers=layers)
+    assert flags.guidance_options() == wanted
     assert list(flags.guidance_hints()) == []
 
 

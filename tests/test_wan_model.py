@@ -178,6 +178,13 @@ def test_what_the_latents_do_not_change_is_computed_once_for_all_steps() -> None
     assert calls_of(model, once + each, run) == dict.fromkeys(once, 1) | dict.fromkeys(each, 3)
 
 
+def test_in_training_blocks_make_their_own_keys_and_values() -> None:
+    """Made beforehand, those of all blocks would be kept for the backward pass, whatever is checkpointed."""
+    model = build_transformer("i2v")
+    prepared = model.prepare(conditioning(model.config), TIMESTEPS)
+    assert prepared.known == (None,) * model.num_blocks
+
+
 @torch.no_grad()
 def test_skipped_blocks_are_left_out_whole() -> None:
     model, shorter = build_transformer("t2v"), build_transformer("t2v")

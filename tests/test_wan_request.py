@@ -56,6 +56,8 @@ def test_the_start_image_gives_the_aspect_ratio_and_the_size_the_area():
     assert not request(**I2V).crops_images
     exact = request(**I2V, video_size=(480, 832), exact_size=True)
     assert (exact.height, exact.width, exact.crops_images) == (480, 832, True)
+    fitting = request((832, 480), **I2V, video_size=(480, 832))
+    assert (fitting.height, fitting.width) == (480, 832), "nothing is taken from a picture of that size"
     text = request(video_size=(480, 832))
     assert (text.height, text.width) == (480, 832)
 
@@ -110,6 +112,7 @@ def test_paths_are_referred_to_wherever_they_stand():
     ({**I2V, "control_image_path": ("a",)}, "--control_image_path", "--one_frame_inference"),
     ({"task": find_task("t2i-14B"), "video_length": 5}, "--video_length", "t2v-14B"),
     ({"trim_tail_frames": 81}, "--trim_tail_frames", "less than 81"),
+    ({"video_length": 80, "trim_tail_frames": 79}, "--trim_tail_frames", "less than 77"),
     ({**ONE_FRAME, "trim_tail_frames": 1}, "--trim_tail_frames", "0 for one frame"),
     ({"flow_shift": 0.0}, "--flow_shift", "0.001"),
     ({"infer_steps": 0}, "--infer_steps", "from 1"),

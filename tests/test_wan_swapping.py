@@ -15,6 +15,7 @@ from demo.wan_models import WanModelPaths, build_wan_models
 from modules.block_swap import SwapOptions, attach, device_bytes
 from modules.checkpointing import Checkpointing
 from modules.swapping import RESERVE, SHARE, SwapWish, check_swap, choose_swap
+from networks import transformer_stage
 from networks.lora_wan import create_network
 from options.errors import UserError
 from options.fp8 import Fp8Mode
@@ -164,16 +165,16 @@ def test_auto_counts_what_the_request_takes(models, material, tmp_path, swaps, m
     """A device that is short of memory by a little, then by a lot."""
     expected = latents(models, material, tmp_path / "a")
     sizes: list[int] = []
-    choose = pipeline.choose_swap
+    choose = transformer_stage.choose_swap
 
     def spy(*arguments, needed, **rest):
         sizes.append(needed(0, False))
         return choose(*arguments, needed=needed, **rest)
 
-    monkeypatch.setattr(pipeline, "choose_swap", spy)
+    monkeypatch.setattr(transformer_stage, "choose_swap", spy)
     monkeypatch.setattr("modules.swapping.RESERVE", 0)
     for number, share in enumerate((1.2, 0.95, 0.3)):
-        monkeypatch.setattr(pipeline, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
+        monkeypatch.setattr(transformer_stage, "free_memory", lambda device, share=share: share * (sizes or [10**6])[0])
         found = latents(models, material, tmp_path / str(number), "--blocks_to_swap", "auto")
         assert torch.equal(found, expected)
     assert sizes[0] == sizes[1] > 10**6

@@ -163,11 +163,12 @@ def write_pair(folder: Path, kind: str) -> Path:
 
 def prompt(folder: Path, kind: str, text: str) -> str:
     """As users' documents have it."""
+    steps = 6 if text == CAPTION else 1
     controls = [folder / "controls" / f"猫_{index}.png" for index in CONTROLS[kind]]
     images = f"--i {controls[0]} " + (f"--ei {controls[-1]} " if kind == "flf2v" else "")
     images += " ".join(f"--ci {control}" for control in controls)
     places = f"--of target_index=1,control_index={';'.join(map(str, CONTROLS[kind]))}"
-    return f"{text} {images} {places} --d 1111 --f 1 --s 6 --fs 1 --d 1234 --w 64 --h 64 --l 1"
+    return f"{text} {images} {places} --d 1111 --f 1 --s {steps} --fs 1 --d 1234 --w 64 --h 64 --l 1"
 
 
 def generate(chain: Chain, name: str, *more: object) -> tuple[Path, Tensor]:

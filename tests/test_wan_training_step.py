@@ -33,6 +33,7 @@ NAMES = ("a", "猫")
 KINDS = {"t2v-1.3B": "t2v", "t2i-14B": "t2v", "i2v-14B": "i2v", "flf2v-14B": "flf2v"}
 CASES: dict[str, tuple[str, Callable[[int], Contents]]] = {
     "text to video": ("t2v-1.3B", clip_item),
+    "text to picture": ("t2i-14B", lambda number: clip_item(number, num_frames=1)),
     "image to video": ("i2v-14B", clip_item),
     "first and last frame": ("flf2v-14B", lambda number: clip_item(number, both_ends=True)),
     "control, from a text": ("t2v-1.3B-FC", clip_item),

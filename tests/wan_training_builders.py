@@ -97,7 +97,7 @@ def loss_mask(num_frames: int, place: int) -> Tensor:
 def write_data(folder: Path, items: Mapping[str, Contents], *, batch_size: int = 2, **keys: object) -> Path:
     """Name -> contents as a data set with caches in the published layout, which say nothing of how they were made."""
     contents = next(iter(items.values()))
-    is_video = "f_indices" not in contents
+    is_video, is_one_frame = contents["latents"].shape[1] > 1 and "f_indices" not in contents, "f_indices" in contents
     dataset = (video_set if is_video else image_set)(folder, tuple(items))
     for name, item in items.items():
         write_caches(folder / "cache", name, item, is_video=is_video)
@@ -105,9 +105,10 @@ def write_data(folder: Path, items: Mapping[str, Contents], *, batch_size: int =
     if is_video:
         place = {"video_directory": dataset.video_directory, "target_frames": [4 * NUM_FRAMES - 3]}
     else:
+        place = {"image_directory": dataset.image_directory}
+    if is_one_frame:
         indices, target = contents["f_indices"].tolist(), keys.pop("target", 1)
-        place = {"image_directory": dataset.image_directory, "fp_1f_target_index": target}
-        place |= {"fp_1f_clean_indices": [index for index in indices if index != target]}
+        place |= {"fp_1f_target_index": target, "fp_1f_clean_indices": [i for i in indices if i != target]}
         place |= write_controls(folder, items, len(indices) - 1)
     return write_config(folder / "データ.toml", common | place | keys)
 

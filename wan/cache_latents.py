@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common.checkpoint_kinds import WAN21_ONLY
 from dataset.caching_run import check_models, run_latents
 from dataset.fingerprints import Fingerprint
 from options.errors import UserError
 from options.flags_wan_cache import WanCacheLatentsFlags, check_wan_context
+from options.wan_tasks import WAN21_ONLY
 from wan.caching import WanCacheRules, WanLatentEncoder
 
 if TYPE_CHECKING:

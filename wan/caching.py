@@ -11,14 +11,14 @@ import numpy as np
 
 from dataset.cache_files import CacheHeader
 from dataset.config import ImageDataset, VideoDataset
-from dataset.crops import Trim, whole_latents
+from dataset.crops import Trim
 from dataset.fingerprints import Fingerprint
 from dataset.jobs import Sample
 from dataset.loss_masks import mask_tensors
 from dataset.problems import check_number_of_controls, missing_controls, too_short, unusable_keys, wrong_kind
 from dataset.sources import MediaItem
 from options.errors import UserError, UserErrors
-from options.geometry import FRAMES_PER_LATENT, WAN_FPS
+from options.geometry import FRAMES_PER_LATENT, WAN_FPS, whole_latents
 from options.one_frame import OneFrameOptions, wan_place_problems
 
 if TYPE_CHECKING:

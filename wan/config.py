@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from common.weights import Checkpoint
 from options.errors import UserError
+from options.wan_tasks import TransformerKind
 
-Kind = Literal["t2v", "i2v", "flf2v", "fun_control"]
+Kind = TransformerKind
 HEAD_DIM = 128
 CONFIG_CLASSES = ("WanModel", "WanTransformer3DModel")
 """Whose `config.json` is the transformer's: the official one and diffusers'."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
-from common.checkpoint_kinds import WAN21_ONLY, WAN_TRANSFORMER, expect_kind
+from common.checkpoint_kinds import WAN_TRANSFORMER, expect_kind
 from common.weights import Checkpoint, open_checkpoint, without_prefix
 from modules.fp8_weights import common_names
 from networks.module_names import Renaming
 from networks.transformer_loading import TransformerLoader
 from networks.wan_names import DIFFUSERS, DIFFUSERS_OTHERS, IGNORED
 from options.errors import UserError
+from options.wan_tasks import WAN21_ONLY
 from wan.config import WanConfig
 from wan.model import WanTransformer
 

@@ -10,15 +10,12 @@ from functools import cache, cached_property, partial
 import torch
 from torch import Tensor
 
-from common.device import free_memory
 from common.residency import Resident
 from common.tokenizers import tokenizer_fingerprint
 from common.weights import fingerprint
 from generation.outputs import to_uint8
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, merged_loras
-from modules.block_swap import SwapOptions
-from modules.swapping import check_swap, choose_swap
 from modules.transformer_plan import EmptyTransformers
 from networks.lora_merge import LoraMerge
 from networks.transformer_stage import TransformerStage
@@ -83,16 +80,17 @@ class WanPipeline:
         )
         self._transformer = TransformerStage(
             files.transformer,
-            self._load_transformer,
+            load_transformer,
+            compute=compute,
+            merge=merge,
+            limits=swap_limits(self._config),
+            plan=self._plan,
             # What is kept for later steps grows with the tokens and, less, with the steps.
             size=lambda request: (num_tokens(request), request.num_steps),
-            device=device,
             keep=keep_loaded,
             lent=transformer,
         )
         self._needs_advice = transformer is None and not (merge and merge.choices)
-        if transformer is None:
-            check_swap(compute.swap, swap_limits(self._config))
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
@@ -126,19 +124,6 @@ class WanPipeline:
     def _empty(self) -> EmptyTransformers:
         return empty_transformers(self._checkpoints.transformer, self._merge, self.compute.transformer_dtype)
 
-    def _load_transformer(self, largest: WanRequest) -> WanTransformer:
-        compute, checkpoint = self.compute, self._checkpoints.transformer
-        place = {"dtype": compute.transformer_dtype, "device": compute.device}
-        swap = self._choose_swap(largest)
-        transformer = load_transformer(checkpoint, merge=self._merge, fp8=compute.fp8, swap=swap, **place)
-        compute.execution.apply_to(transformer)
-        return transformer
-
-    def _choose_swap(self, largest: WanRequest) -> SwapOptions:
-        wish, free = self.compute.swap, free_memory(self.compute.device)
-        plan = cache(lambda: self._plan(largest))
-        return choose_swap(wish, self._empty.limits, free=free, needed=lambda *choice: plan().needed(*choice))
-
     @contextmanager
     def encoder(self) -> Iterator[Encode]:
         with torch.no_grad():
@@ -161,10 +146,10 @@ class WanPipeline:
 
     def _make_room_for_vae(self, request: WanRequest, latents: Tensor) -> None:
         """The transformer steps aside when the device could not hold the VAE's work beside it."""
-        work = VaeWork.of(self._checkpoints.vae, itemsize=self.compute.vae_dtype.itemsize)
+        settings = {"itemsize": self.compute.vae_dtype.itemsize, "cache_on_cpu": self.compute.vae_cache_cpu}
+        work = VaeWork.of(self._checkpoints.vae, **settings)
         needed = decode_bytes(work, latents.shape[1], request.height, request.width)
-        if free_memory(self.compute.device) < needed:
-            self._transformer.step_aside()
+        self._transformer.make_room(needed)
 
 
 def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Frames:
