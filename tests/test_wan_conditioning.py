@@ -230,6 +230,19 @@ def test_every_input_of_a_video_changes_the_video(wan_models, pictures):
     assert_every_variant_differs(pipeline_for(wan_models, "i2v-14B"), "i2v-14B", {"image_path": start}, variants)
 
 
+@pytest.mark.parametrize("crops", [False, True])
+def test_images_are_whole_unless_the_size_is_to_be_exact(crops, wan_models, pictures, tmp_path):
+    """The end image, which has another shape than the start image, gives way; red is above and below its middle."""
+    end = np.zeros((96, 96, 3), dtype=np.uint8)
+    end[:12], end[-12:] = (255, 0, 0), (255, 0, 0)
+    Image.fromarray(end).save(tmp_path / "終.png")
+    images = {"image_path": str(pictures.start), "end_image_path": str(tmp_path / "終.png")}
+    (found,) = encoded(pipeline_for(wan_models, "i2v-14B"), request("i2v-14B", **images, exact_size=crops))
+    _, seen = found.pictures[1]
+    assert seen.shape == (HEIGHT // 8, WIDTH // 8, 3)
+    assert [bool(seen[row, :, 0].min() > 0.5) for row in (0, 2, -1)] == [not crops, False, not crops]
+
+
 def test_masks_change_what_is_shown_of_their_controls_and_nothing_else(wan_models, pictures):
     """A mask file goes before the picture's own alpha channel; one that is missing hides nothing."""
     controls = (str(pictures.cut_out), str(pictures.end))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,13 +154,15 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_result_repeats_bit_for_bit_from_what_it_carries(kind, wan_models, pictures, tmp_path, encoded_videos):
-    """Its task comes from it, too; the inputs are found by their content, also a folder of frames."""
+def test_a_result_repeats_bit_for_bit_from_what_it_carries(kind, wan_models, pictures, lora, tmp_path, encoded_videos):
+    """Its task comes from it, too; the inputs are found by their content, also a folder of frames and a LoRA."""
     task, pattern = KINDS[kind]
+    own, merged = shutil.copy(lora, pictures.folder), ["--lora_weight", lora] if kind == "video" else []
     argv = {
         "one frame": [
             *one_frame(pictures.start, pictures.cut_out, indices="3;0", target=2),
             *("--control_image_mask_path", pictures.mask, "--slg_mode", "uncond", "--slg_layers", "1,2"),
+            *("--lora", f"{own}:0.5"),
         ],
         "video": [
             *("--image_path", pictures.start, "--end_image_path", pictures.end, "--video_length", 5),
@@ -167,9 +170,10 @@ def test_a_result_repeats_bit_for_bit_from_what_it_carries(kind, wan_models, pic
         ],
         "control folder": ["--control_path", pictures.frames, "--video_length", 5, "--output_type", "latent"],
     }[kind]
-    models = models_for(wan_models, task)
+    models = [*models_for(wan_models, task), *merged]
     assert run(*models, *QUICK, *argv, "--save_path", tmp_path / "a") == 0
     first = only(tmp_path / "a", pattern)
+    assert ("--lora_weight" in json.loads(read_settings(first, flag="x"))["models"]) == bool(merged)
     named = models[2:] if kind == "one frame" else models  # with and without --task
     assert run(*named, "--from_metadata", first, "--search_dir", pictures.folder, "--save_path", tmp_path / "b") == 0
     if kind == "video":
