@@ -1,8 +1,9 @@
-"""What a LoRA, LoHa or LoKr module adds to a weight, computed from its factors.
+"""What a LoRA, LoHa or LoKr module adds to a weight, computed from its factors; or a file's own whole difference.
 
     LoRA   ΔW = s · up @ down                          s = alpha / r, r = rows of down
     LoHa   ΔW = s · (w1_a @ w1_b) * (w2_a @ w2_b)      r = rows of w1_b
     LoKr   ΔW = s · w1 ⊗ w2                            w1, w2 whole or a product; s = 1 when both are whole
+    diff   Δ = diff                                    of a weight, a bias or any other tensor; there is no scale
 
 Without an alpha, or with one of 0, alpha counts as r. Convolutions: down is (r, in, *kernel), up (out, r, 1, …).
 Everything but `delta` looks at shapes only, so it works on the meta device: for files of which only headers were read.
@@ -20,11 +21,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+DOWN, UP, ALPHA, DIFF = "lora_down.weight", "lora_up.weight", "alpha", "diff"
 PARTS = {
     "lora": (DOWN, UP),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    DIFF: (DIFF,),
 }
 """Names of the factors as native files spell them."""
 KIND_OF_PART = {part: kind for kind, parts in PARTS.items() for part in parts}
@@ -73,13 +75,13 @@ class Factors:
 
     @cached_property
     def kind(self) -> str:
-        """`lora`, `loha` or `lokr`."""
+        """`lora`, `loha`, `lokr`, or `diff` for a whole difference."""
         return KIND_OF_PART[next(iter(self.tensors))]
 
     @property
     def rank(self) -> int | None:
-        """None for a LoKr of two whole factors."""
-        names = {"lora": (DOWN,), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b")}[self.kind]
+        """None for a LoKr of two whole factors, and for a whole difference."""
+        names = {"lora": (DOWN,), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b"), DIFF: ()}[self.kind]
         return next((self.tensors[name].shape[0] for name in names if name in self.tensors), None)
 
     @property
@@ -94,7 +96,9 @@ class Factors:
 
     @property
     def delta_shape(self) -> tuple[int, ...]:
-        """(out, in), or (out, in, *kernel)."""
+        """(out, in), or (out, in, *kernel); of a whole difference its own."""
+        if self.kind == DIFF:
+            return tuple(self.tensors[DIFF].shape)
         if self.kind == "lora":
             return (self.tensors[UP].shape[0], *self.tensors[DOWN].shape[1:])
         if self.kind == "loha":
@@ -104,14 +108,21 @@ class Factors:
         return (num_rows, first[1] * second[1])
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the delta can be added to a weight of this shape: the same, or flattened, or with a kernel of 1."""
+        """Whether the delta can be added to a weight of this shape: the same, or flattened, or with a kernel of 1.
+
+        A whole difference fits the same shape only.
+        """
         own, base = self.delta_shape, tuple(shape)
+        if self.kind == DIFF:
+            return own == base
         if len(own) == 2:
             return own == (base[0], math.prod(base[1:]))
         return _without_ones(own) == _without_ones(base)
 
     def misfit(self, shape: Sequence[int]) -> str:
         """The factor to blame where the delta does not fit: rows and columns come from different ones."""
+        if self.kind == DIFF:
+            return DIFF
         rows, columns = shape[0], math.prod(shape[1:])
         are_rows = self.delta_shape[0] != rows
         if self.kind == "lora":
@@ -136,8 +147,9 @@ class Factors:
 
     def slice_rows(self, start: int, stop: int) -> Factors:
         """The factors of rows start…stop of the delta, with the same rank and alpha."""
-        if self.kind == "lora":
-            return self._with(**{UP: self.tensors[UP][start:stop]})
+        if self.kind in ("lora", DIFF):
+            part = UP if self.kind == "lora" else DIFF
+            return self._with(**{part: self.tensors[part][start:stop]})
         if self.kind == "loha":
             return self._with(**{name: self.tensors[name][start:stop] for name in ("hada_w1_a", "hada_w2_a")})
         offset = self.rows[0] if self.rows else 0
@@ -213,6 +225,10 @@ def _lokr_delta(factors: Factors) -> Tensor:
     return torch.kron(factors._product("lokr_w1"), factors._product("lokr_w2"))
 
 
+def _whole_delta(factors: Factors) -> Tensor:
+    return factors.tensors[DIFF].float()
+
+
 def _check_tensor(part: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise FactorError(part, f"type {_name(tensor.dtype)}", "floating-point numbers")
@@ -259,6 +275,10 @@ def _check_lokr(factors: Factors) -> None:
             _check_matrix(factors, name)
 
 
+def _check_whole(factors: Factors) -> None:
+    """One tensor of any shape has nothing to fit."""
+
+
 def _check_product(factors: Factors, name: str) -> None:
     _check_matrix(factors, f"{name}_a")
     _check_matrix(factors, f"{name}_b")
@@ -283,5 +303,5 @@ def _present(factors: Factors, name: str) -> Tensor:
     return factors.tensors[name]
 
 
-_DELTAS = {"lora": _lora_delta, "loha": _loha_delta, "lokr": _lokr_delta}
-_CHECKS = {"lora": _check_lora, "loha": _check_loha, "lokr": _check_lokr}
+_DELTAS = {"lora": _lora_delta, "loha": _loha_delta, "lokr": _lokr_delta, DIFF: _whole_delta}
+_CHECKS = {"lora": _check_lora, "loha": _check_loha, "lokr": _check_lokr, DIFF: _check_whole}

@@ -74,10 +74,23 @@ HUNYUAN = {
 }
 """Without `final_layer.adaLN_modulation.1`: its shift and scale stand the other way round than in `norm_out.linear`."""
 
+HUNYUAN_OTHERS = {
+    "double_blocks.{}.img_attn_q_norm": f"{DOUBLE}.attn.norm_q",
+    "double_blocks.{}.img_attn_k_norm": f"{DOUBLE}.attn.norm_k",
+    "double_blocks.{}.txt_attn_q_norm": f"{DOUBLE}.attn.norm_added_q",
+    "double_blocks.{}.txt_attn_k_norm": f"{DOUBLE}.attn.norm_added_k",
+    "single_blocks.{}.q_norm": f"{SINGLE}.attn.norm_q",
+    "single_blocks.{}.k_norm": f"{SINGLE}.attn.norm_k",
+    f"{HUNYUAN_REFINER}.norm1": f"{REFINER}.norm1",
+    f"{HUNYUAN_REFINER}.norm2": f"{REFINER}.norm2",
+}
+"""Norms."""
+
 FRAMEPACK_NAMES = NameTable(
     architecture="FramePack",
     takes=("FramePack", "HunyuanVideo"),
     modules=MODULES,
     aliases=HUNYUAN,
     aliases_of="HunyuanVideo's",
+    others=HUNYUAN_OTHERS,
 )

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from networks import peft_config, scale_folding
 from networks.deltas import ALPHA, DOWN, UP, Factors, is_finite
 from networks.lora_formats import LoraFile, read_lora
-from networks.lora_matching import select
+from networks.lora_matching import expect_factors, select
 from networks.lora_metadata import check_output, save_lora
 from options.errors import UserError
 from options.lora import LoraChoice
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FLAG = "--lora_weight"
 METADATA_KEY = "combined_loras"
 """Names and multipliers of the files that a combined LoRA was made of."""
+REMEDY = "merge them into the model with --save_merged_model, or leave those out with --exclude_patterns '\\.diff'"
 NOT_COMMON = ("sshs_", "ss_network_", peft_config.METADATA_KEY, scale_folding.METADATA_KEY)
 """How metadata keys begin that would be wrong for the result even where all files agree."""
 Tensors = dict[str, Tensor]
@@ -112,10 +113,12 @@ def combine(
         device: where sums are cut to `rank`.
 
     Raises:
-        UserError: LoRAs of different architectures or shapes, LoHa or LoKr without a rank, or numbers that `dtype`
-            cannot hold.
+        UserError: LoRAs of different architectures or shapes, LoHa or LoKr without a rank, whole differences, or
+            numbers that `dtype` cannot hold.
     """
     _check_architectures([lora for lora, _ in loras])
+    for lora, _ in loras:
+        expect_factors(lora, REMEDY)
     # Side by side is done at once; only cutting takes long enough to be watched.
     names = tqdm(_names(loras), desc=f"rank {rank}", leave=False, disable=True if rank is None else None)
     modules = {name: _combined(name, loras, rank, device) for name in names}

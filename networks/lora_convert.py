@@ -19,6 +19,7 @@ from networks import peft_config, scale_folding
 from networks.deltas import ALPHA, DOWN, UP, Factors, as_tensors
 from networks.lora_formats import LoraFile, read_lora
 from networks.lora_keys import DOTTED_PREFIXES
+from networks.lora_matching import expect_factors
 from networks.lora_metadata import check_output, save_lora
 from networks.peft_config import DIFFUSERS_PREFIX, write_config
 from networks.scale_folding import fold
@@ -96,7 +97,8 @@ def _without_alphas(modules: Mapping[str, Factors], lora: LoraFile) -> tuple[dic
 
 
 def _check_whole(lora: LoraFile) -> None:
-    """Raises UserError for rows of a LoKr: they are no Kronecker product themselves."""
+    """Raises UserError for rows of a LoKr, which are no Kronecker product themselves, and for whole differences."""
+    expect_factors(lora, "such a file can only be merged: with --lora_weight, or in training with --base_weights")
     if (name := next((name for name, factors in lora.modules.items() if factors.rows), None)) is not None:
         got = f"{lora.key_of(name)}, a LoKr of a fused layer whose rows for {lora.dotted[name]} have no factors"
         remedy = "use the file as it is with --lora_weight, or merge it into the model"

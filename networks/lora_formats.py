@@ -17,7 +17,7 @@ from torch import Tensor
 from common.checkpoint_kinds import LORA, expect_kind
 from common.files import existing_file
 from common.weights import TORCH_DTYPES, Checkpoint, open_checkpoint
-from networks.deltas import ALPHA, FactorError, Factors, is_finite
+from networks.deltas import ALPHA, DIFF, FactorError, Factors, is_finite
 from networks.framepack_names import FRAMEPACK_NAMES
 from networks.lora_keys import (
     Key,
@@ -56,7 +56,8 @@ class LoraFile:
     table: NameTable
     """The architecture whose names it knows most of."""
     modules: Mapping[str, Factors]
-    """By native module name, `lora_unet_transformer_blocks_0_attn_to_q`."""
+    """By native module name, `lora_unet_transformer_blocks_0_attn_to_q`, which stands for the module's weight. Whole
+    differences of a bias, or of a tensor that belongs to no layer, have names of their own, `…_attn_to_q_bias`."""
     dotted: Mapping[str, str]
     """Native name -> dotted name, `transformer_blocks.0.attn.to_q`; also of modules that `only` has left out."""
     sources: Mapping[str, Sources]
@@ -72,8 +73,13 @@ class LoraFile:
 
     @property
     def kind(self) -> str:
-        """`lora`, `loha`, `lokr`, or several of them with a plus."""
-        return "+".join(sorted({factors.kind for factors in self.modules.values()}))
+        """`lora`, `loha`, `lokr`, or several of them with a plus; `diff` is not counted."""
+        return "+".join(sorted({factors.kind for factors in self.modules.values()} - {DIFF}))
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Native names of the modules and tensors of which the file has whole differences."""
+        return tuple(name for name, factors in self.modules.items() if factors.kind == DIFF)
 
     def key_of(self, name: str, part: str | None = None) -> str:
         """The key in the file of a part of the module `name`; of its first factor when there is no such part."""
@@ -86,7 +92,7 @@ class LoraFile:
 
 
 def read_lora(path: str | Path, *, flag: str, shapes_only: bool = False) -> LoraFile:
-    """Reads a LoRA, LoHa or LoKr of any known format.
+    """Reads a LoRA, LoHa or LoKr of any known format, and whole differences of weights and biases beside it.
 
     Args:
         path: the file, or a folder that PEFT has written.
@@ -184,16 +190,23 @@ def _refuse_without_factors(checkpoint: Checkpoint, leftover: list[str], where: 
 
 
 def _look_up(
-    modules: Iterable[str], metadata: Mapping[str, str], where: str
+    by_module: Mapping[str, Mapping[str, Key]], metadata: Mapping[str, str], where: str
 ) -> tuple[NameTable, dict[str, tuple[str, ...]]]:
     """The table that knows most modules, and what each known one means: the model's modules, several for a fused one.
+
+    Factors are known of modules with a matrix only, differences of any tensor.
 
     Raises:
         UserError: no table knows any, or the names are known but metadata or block counts say another family.
     """
-    candidates = {module: [flat_name(rest) for rest in without_prefixes(module)] for module in modules}
-    best = max(TABLES, key=lambda table: sum(any(map(table.find, names)) for names in candidates.values()))
-    found = {module: next(filter(None, map(best.find, names)), ()) for module, names in candidates.items()}
+    candidates = {module: [flat_name(rest) for rest in without_prefixes(module)] for module in by_module}
+
+    def find(table: NameTable, module: str) -> tuple[str, ...]:
+        look = table.find_tensor if by_module[module].keys() <= {DIFF, ALPHA} else table.find
+        return next(filter(None, map(look, candidates[module])), ())
+
+    best = max(TABLES, key=lambda table: sum(bool(find(table, module)) for module in by_module))
+    found = {module: find(best, module) for module in by_module}
     meaning = {module: names for module, names in found.items() if names}
     expected = f"a LoRA of {' or '.join(name for table in TABLES for name in table.takes)}"
     if not meaning:
@@ -233,7 +246,7 @@ def _factors(
     try:
         factors = Factors(tensors=parts, alpha=alpha)
         *_, name = without_prefixes(module)
-        if alpha is None and (value := alpha_of(config, name, factors)) is not None:
+        if alpha is None and factors.kind != DIFF and (value := alpha_of(config, name, factors)) is not None:
             factors = replace(factors, alpha=torch.tensor(value))
     except FactorError as error:
         key = keys[error.part].text if error.part in keys else f"{first} without {error.part}"
@@ -269,7 +282,8 @@ def _split_all(
     sources: dict[str, Sources] = {}
     for module, factors in whole.items():
         own, names = {part: key.text for part, key in keys[module].items()}, meaning[module]
-        for part, name in zip(_split(factors, names, own, where), names, strict=True):
+        layer = whole.get(module.removesuffix(".bias"), factors)
+        for part, name in zip(_split(factors, names, own, where, layer), names, strict=True):
             if name in modules:
                 got, expected = f"{_key_of(own)} and {_key_of(sources[name])}", f"one source for {name}"
                 raise UserError(where, got, expected, "the file holds two LoRAs: convert them one by one")
@@ -277,15 +291,21 @@ def _split_all(
     return modules, sources
 
 
-def _split(factors: Factors, names: tuple[str, ...], sources: Sources, where: str) -> list[Factors]:
+def _split(factors: Factors, names: tuple[str, ...], sources: Sources, where: str, layer: Factors) -> list[Factors]:
     """The factors of each module that one fuses: query, key and value are as wide as the input, the rest is the MLP's.
+
+    Args:
+        layer: the same, or for a bias those of its layer.
 
     Raises:
         UserError: the rows do not split that way.
     """
     if len(names) == 1:
         return [factors]
-    rows, width = factors.delta_shape[:2]
+    if len(layer.delta_shape) < 2:
+        expected = "factors of that layer beside it, which tell where to split"
+        raise UserError(where, f"{_key_of(sources)} of a fused layer", expected, "the file cannot be used")
+    rows, width = factors.delta_shape[0], layer.delta_shape[1]
     num_square = min(len(names), 3)
     ends = [width * (i + 1) for i in range(num_square)] + [rows] * (len(names) - num_square)
     if rows != ends[-1] or ends != sorted(set(ends)):
@@ -299,8 +319,8 @@ def _format(
     by_module: Mapping[str, Mapping[str, Key]], meaning: Mapping[str, tuple[str, ...]], table: NameTable
 ) -> str:
     """`native (lora_down)`, `diffusers (lora_A)`, `ComfyUI (lokr), HunyuanVideo's names`, `PEFT and native (…)`."""
-    marks = ("lora_A", "lora_down", "lora.down", "lora_linear_layer", "hada", "lokr")
-    endings = [key.text[len(module) :] for module, keys in by_module.items() for key in keys.values()]
+    marks = ("lora_A", "lora_down", "lora.down", "lora_linear_layer", "hada", "lokr", "diff")
+    endings = {key.ending for keys in by_module.values() for key in keys.values()}
     found = ", ".join(mark for mark in marks if any(mark in ending for ending in endings))
     spellings = " and ".join(sorted({spelling(module) for module in by_module}))
     is_renamed = any(not flat_name(module).endswith(flat_name(meaning[module][0])) for module in by_module)

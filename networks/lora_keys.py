@@ -6,6 +6,7 @@ transformer.transformer_blocks.0.attn.to_q.lora_A.weight          diffusers
 diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight        ComfyUI, diffusion-pipe
 base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight     PEFT
 double_blocks.0.img_attn_qkv.lora_A.weight                        no prefix
+diffusion_model.blocks.0.self_attn.q.diff_b                       a whole difference, of a bias
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from networks.deltas import ALPHA, DOWN, UP
+from networks.deltas import ALPHA, DIFF, DOWN, UP
 
 FLAT_PREFIXES = {"lora_unet_": "native", "lycoris_": "LyCORIS", "lora_transformer_": "flat"}
 DOTTED_PREFIXES = {
@@ -45,11 +46,13 @@ PARTS = tuple(
         (r"\.alpha", ALPHA),
     )
 )
+DIFFERENCES = {".diff": "", ".diff_b": ".bias", ".diff_m": ".modulation"}
+"""How keys of whole differences end -> what the changed tensor has behind the module's name; nothing for a weight."""
 CHANGES_THE_RESULT = (
     (re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"), "DoRA"),
     (re.compile(r"\.(lora_mid|hada_t[12]|lokr_t2)\b"), "a Tucker decomposition"),
     (re.compile(r"\.lora_(A|B|up|down)(\.[^.]+)?\.bias$"), "a bias"),
-    (re.compile(r"\.(diff|diff_b|set_weight|w_norm|b_norm)$"), "a whole weight or bias"),
+    (re.compile(r"\.(set_weight|w_norm|b_norm)$"), "a whole weight or bias"),
     (re.compile(r"\.reshape_weight$"), "a weight of another shape"),
 )
 """Tensors without which the others would give something else than what was trained."""
@@ -78,16 +81,21 @@ class Key:
     text: str
     """As the file has it."""
     module: str
-    """What stands before the factor's name, prefix included."""
+    """What stands before the factor's name, prefix included; of a difference that is no weight's, the tensor's name."""
     part: str
-    """The factor's native name, or `alpha`."""
+    """The factor's native name, `alpha` or `diff`."""
+    ending: str
+    """The part as the file spells it."""
 
 
 def parse_key(text: str) -> Key | None:
-    """None for a name that is no factor's and no alpha."""
+    """None for a name that is no factor's, no alpha and no difference."""
+    for ending, leaf in DIFFERENCES.items():
+        if text.endswith(ending):
+            return Key(text=text, module=text.removesuffix(ending) + leaf, part=DIFF, ending=ending)
     for pattern, part in PARTS:
         if found := pattern.fullmatch(text):
-            return Key(text=text, module=found[1], part=part or found[2])
+            return Key(text=text, module=found[1], part=part or found[2], ending=text[found.end(1) :])
     return None
 
 

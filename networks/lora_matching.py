@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from networks.deltas import Factors
+from networks.deltas import DIFF, Factors
 from networks.lora_formats import LoraFile
 from networks.lora_keys import without_prefixes
 from networks.module_names import native_name
 from options.errors import UserError
 
 NUM_NAMED = 3
+BIAS = ".bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +28,20 @@ class Matched:
 
     def summary(self) -> str:
         """One line for the log: what is used and what is not."""
-        total = len(self.factors) + len(self.unmatched)
-        lines = [f"{self.lora.path.name}: {len(self.factors)} of {total} {self.lora.kind} modules, {self.lora.format}"]
+        lines = [f"{self.lora.path.name}: {' and '.join(self._counts())}, {self.lora.format}"]
         if num_left_out := len(self.lora.dotted) - len(self.lora.modules):
             lines.append(f"{num_left_out} left out by patterns")
         lines += _listed("modules that the model does not have", self.unmatched)
         lines += _listed("unused tensors", self.lora.leftover)
         return "; ".join(lines)
+
+    def _counts(self) -> Iterator[str]:
+        differences = len(self.lora.differences)
+        found = sum(factors.kind == DIFF for factors in self.factors.values())
+        if modules := len(self.lora.modules) - differences:
+            yield f"{len(self.factors) - found} of {modules} {self.lora.kind} modules"
+        if differences:
+            yield f"{found} of {differences} whole differences"
 
 
 def _listed(what: str, names: tuple[str, ...]) -> Iterator[str]:
@@ -45,7 +53,8 @@ def _listed(what: str, names: tuple[str, ...]) -> Iterator[str]:
 def select(lora: LoraFile, *, include: str | None = None, exclude: str | None = None) -> LoraFile:
     """The modules that a pattern keeps, less those that another one drops.
 
-    A pattern may be found anywhere in the module's dotted name, its native name, or its key in the file.
+    A pattern may be found anywhere in the module's dotted name, its native name, or its key in the file. A bias goes by
+    the names of its module.
 
     Raises:
         UserError: an invalid regular expression, or nothing is left.
@@ -71,11 +80,20 @@ def _compiled(pattern: str, flag: str) -> re.Pattern[str]:
 
 
 def _occurs(pattern: re.Pattern[str], lora: LoraFile, name: str) -> bool:
-    return any(pattern.search(text) for text in (lora.dotted[name], name, lora.key_of(name)))
+    module = lora.dotted[name].removesuffix(BIAS)
+    return any(pattern.search(text) for text in (module, native_name(module), lora.key_of(name)))
+
+
+def expect_factors(lora: LoraFile, remedy: str) -> None:
+    """Raises UserError for a file with whole differences, where nothing but factors can be used."""
+    if names := lora.differences:
+        got = f"{lora.key_of(names[0])}" + (f" and {len(names) - 1} more whole differences" if names[1:] else "")
+        raise UserError(lora.where, got, "LoRA, LoHa or LoKr factors only", remedy)
 
 
 def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> Matched:
-    """Finds the weight of every module; prefixes of the checkpoint's layout do not matter.
+    """Finds the weight of every module, and the tensor of every difference; prefixes of the checkpoint's layout do not
+    matter.
 
     Args:
         weights: dotted name -> shape of all tensors of a checkpoint.
@@ -103,10 +121,8 @@ def match(lora: LoraFile, weights: Mapping[str, tuple[int, ...]]) -> Matched:
 
 
 def _module_of(weight: str, lora: LoraFile) -> str | None:
-    """The native name of the module in `lora` that `weight` belongs to."""
-    module, _, leaf = weight.rpartition(".")
-    if leaf != "weight":
-        return None
-    rests = list(without_prefixes(module))
-    names = map(native_name, [*rests, *map(lora.table.from_diffusers, rests)])
+    """The native name of the module in `lora` that `weight` belongs to; of what is no weight, the tensor's own."""
+    ending = BIAS if weight.endswith(BIAS) else ""
+    rests = list(without_prefixes(weight.removesuffix(".weight").removesuffix(ending)))
+    names = (native_name(name + ending) for name in [*rests, *map(lora.table.from_diffusers, rests)])
     return next((name for name in names if name in lora.modules), None)

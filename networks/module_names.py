@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 NATIVE_PREFIX = "lora_unet_"
+FLAT_BIAS = "_bias"
+Patterns = list[tuple[re.Pattern[str], tuple[str, ...]]]
+"""A flat name -> the dotted names that it means."""
 
 
 class Renaming:
@@ -42,21 +45,41 @@ class NameTable:
     """Another spelling -> the module that it means; or the modules that it fuses, in the order of their rows."""
     aliases_of: str
     """Whose spelling that is, for messages: `HunyuanVideo's`."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Norms, and tensors that belong to no layer: another spelling -> dotted name. They take whole differences only."""
     to_diffusers: Renaming = Renaming({})
     """From a module's dotted name to that in diffusers' model, which may be the same."""
     from_diffusers: Renaming = Renaming({})
+    """The other way round, and from the names of `others` too."""
 
     def find(self, flat: str) -> tuple[str, ...]:
         """Dotted names of the module or modules that `flat` means; empty when it is not known."""
-        for pattern, modules in self._patterns:
-            if found := pattern.fullmatch(flat):
-                return tuple(module.format(*found.groups()) for module in modules)
-        return ()
+        return _found(flat, self._patterns)
+
+    def find_tensor(self, flat: str) -> tuple[str, ...]:
+        """The same for whatever a whole difference may be of: a module stands for its weight, a bias for itself."""
+        if flat.endswith(FLAT_BIAS):
+            return tuple(f"{name}.bias" for name in self.find_tensor(flat.removesuffix(FLAT_BIAS)))
+        return self.find(flat) or _found(flat, self._other_patterns)
 
     @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], tuple[str, ...]]]:
-        names = {module: (module,) for module in self.modules} | dict(self.aliases)
-        return [(re.compile(flat_name(name).replace("{}", r"(\d+)")), modules) for name, modules in names.items()]
+    def _patterns(self) -> Patterns:
+        return _patterns({module: (module,) for module in self.modules} | dict(self.aliases))
+
+    @cached_property
+    def _other_patterns(self) -> Patterns:
+        return _patterns({spelling: (ours,) for theirs, ours in self.others.items() for spelling in (ours, theirs)})
+
+
+def _patterns(names: Mapping[str, tuple[str, ...]]) -> Patterns:
+    return [(re.compile(flat_name(name).replace("{}", r"(\d+)")), meant) for name, meant in names.items()]
+
+
+def _found(flat: str, patterns: Patterns) -> tuple[str, ...]:
+    for pattern, names in patterns:
+        if found := pattern.fullmatch(flat):
+            return tuple(name.format(*found.groups()) for name in names)
+    return ()
 
 
 def flat_name(dotted: str) -> str:

@@ -14,7 +14,7 @@ from networks.loha import LohaLayer
 from networks.lokr import LokrLayer
 from networks.lora import LoraLayer
 from networks.lora_formats import LoraFile
-from networks.lora_matching import Matched, match
+from networks.lora_matching import Matched, expect_factors, match
 from networks.module_names import native_name
 from networks.network import Network
 from networks.targets import adaptable_layers
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = {"lora": LoraLayer, "loha": LohaLayer, "lokr": LokrLayer}
 SHOWN = 5
+REMEDY = "merge the file into the model with --lora_weight"
 
 
 def network_for(transformer: nn.Module, lora: LoraFile) -> Network:
@@ -52,14 +53,14 @@ def check_can_be_applied(matched: Matched, shapes: Mapping[str, Sequence[int]]) 
         shapes: of the weights, as `match` was given them.
 
     Raises:
-        UserError: rows of a LoKr, or LoHa or LoKr for a convolution.
+        UserError: rows of a LoKr, LoHa or LoKr for a convolution, or whole differences.
     """
     lora = matched.lora
+    expect_factors(lora, REMEDY)
     for weight, factors in matched.factors.items():
         if obstacle := _obstacle(factors, weight, shapes[weight]):
             key = next(lora.key_of(name) for name, candidate in lora.modules.items() if candidate is factors)
-            remedy = "merge the file into the model with --lora_weight"
-            raise UserError(lora.where, f"{key}, {obstacle}", "modules that can be laid over a layer", remedy)
+            raise UserError(lora.where, f"{key}, {obstacle}", "modules that can be laid over a layer", REMEDY)
 
 
 def _obstacle(factors: Factors, weight: str, shape: Sequence[int]) -> str | None:
@@ -122,7 +123,7 @@ def _factors(name: str, parts: Mapping[str, Tensor], where: str) -> Factors:
     tensors = {part: tensor for part, tensor in parts.items() if part != ALPHA}
     if not tensors:
         raise UserError(where, f"{name}.alpha alone", "the tensors that it belongs to", "the file is damaged")
-    if strange := [part for part in tensors if part not in KIND_OF_PART]:
+    if strange := [part for part in tensors if KIND_OF_PART.get(part) not in KINDS]:
         raise UserError(where, f"{name}.{strange[0]}", "LoRA, LoHa or LoKr tensors", "this form cannot be trained on")
     try:
         # The layers have the first factor of a LoKr as one matrix.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.weights import TORCH_DTYPES
-from networks.deltas import UP, Factors
+from networks.deltas import DIFF, UP, Factors
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def unfold(modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> dict[
 
 
 def _unfolded(factors: Factors, record: Record | None) -> Factors:
-    if record is None or record["rank"] != factors.rank:
+    if record is None or factors.kind == DIFF or record["rank"] != factors.rank:
         return factors
     part = _carrier(factors)
     original = _undone(factors.tensors[part], record["folded"], DTYPES[record["dtype"]])

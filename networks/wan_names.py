@@ -44,6 +44,7 @@ WAN_NAMES = NameTable(
     modules=("patch_embedding", *DIFFUSERS),
     aliases={theirs: (ours,) for ours, theirs in DIFFUSERS.items()},
     aliases_of="diffusers'",
+    others={theirs: ours for ours, theirs in DIFFUSERS_OTHERS.items()},
     to_diffusers=Renaming(DIFFUSERS),
-    from_diffusers=Renaming({theirs: ours for ours, theirs in DIFFUSERS.items()}),
+    from_diffusers=Renaming({theirs: ours for ours, theirs in (DIFFUSERS | DIFFUSERS_OTHERS).items()}),
 )

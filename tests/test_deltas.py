@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.deltas import DOWN, UP, FactorError, Factors, is_finite
+from networks.deltas import DIFF, DOWN, UP, FactorError, Factors, is_finite
 
 OUT, IN, RANK = 24, 18, 4
 NAMES = {"lora_A": DOWN, "lora_B": UP}
@@ -191,6 +191,18 @@ MISFITS = {
     "lokr": ("lokr_w2_a", "lokr_w2_b"),
     "whole lokr": ("lokr_w2", "lokr_w2"),
 }
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6, 4), (6, 4, 1, 2, 2)])
+def test_a_whole_difference_is_its_own_delta_and_fits_its_own_shape_only(shape: tuple[int, ...]) -> None:
+    """Not even a flattened one, which factors may be."""
+    tensor = random(*shape, dtype=torch.bfloat16)
+    whole = Factors(tensors={DIFF: tensor}, alpha=torch.tensor(3.0))
+    assert (whole.kind, whole.rank, whole.delta_shape) == (DIFF, None, shape) and not whole.has_zero_alpha
+    assert whole.delta().dtype == torch.float32 and torch.equal(whole.delta(shape), tensor.float())
+    assert whole.fits(shape) and whole.misfit((5, *shape[1:])) == DIFF
+    assert not any(map(whole.fits, [(5, *shape[1:]), (*shape, 1), (math.prod(shape),) * (len(shape) > 1)]))
+    assert torch.equal(whole.slice_rows(0, 1).delta(), tensor[:1].float())
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -7,9 +7,8 @@ import re
 from common.checkpoint_kinds import WAN_TRANSFORMER, expect_kind
 from common.weights import Checkpoint, open_checkpoint, without_prefix
 from modules.fp8_weights import common_names
-from networks.module_names import Renaming
 from networks.transformer_loading import TransformerLoader
-from networks.wan_names import DIFFUSERS, DIFFUSERS_OTHERS, IGNORED
+from networks.wan_names import IGNORED, WAN_NAMES
 from options.errors import UserError
 from options.wan_tasks import WAN21_ONLY
 from wan.config import WanConfig
@@ -20,7 +19,7 @@ FP8_LAYERS = re.compile(r"blocks\.\d+\.(?!.*norm).+")
 FLOAT32 = re.compile(r"(blocks\.\d+|head)\.modulation|blocks\.\d+\.norm3\.(weight|bias)")
 """Small tensors whose rounding would reach every token."""
 DIFFUSERS_MARK = "condition_embedder.time_proj.weight"
-OFFICIAL = Renaming({theirs: ours for ours, theirs in (DIFFUSERS | DIFFUSERS_OTHERS).items()})
+OFFICIAL = WAN_NAMES.from_diffusers
 UNUSED = re.compile(re.escape(IGNORED).replace(r"\{\}", r"\d+") + r"\..+")
 
 LOADER = TransformerLoader(
