@@ -26,7 +26,7 @@ def no_weights(monkeypatch):
     def too_late(*args, **kwargs):
         raise AssertionError("weights were loaded before the input was checked")
 
-    for module in ("common.weights", "frame_pack.loading", "hunyuan_model.text_encoders"):
+    for module in ("common.weights", "networks.transformer_loading", "hunyuan_model.text_encoders"):
         monkeypatch.setattr(f"{module}.fill", too_late)
 
 

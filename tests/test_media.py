@@ -21,6 +21,7 @@ from common.media import (
     mask_to_latent,
     open_image,
     read_video,
+    squeeze,
     to_model_range,
     write_video,
 )
@@ -248,6 +249,20 @@ def test_enlargement_is_pillow_lanczos(photo, width, height):
 
 def test_matching_size_is_unchanged(photo):
     assert np.array_equal(fit(photo, 451, 300), photo)
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 200), (200, 400), (452, 304), (451, 400)])
+def test_squeezing_enlarges_by_lanczos_where_an_axis_grows(photo, width, height):
+    """The mean over a pixel's area would repeat columns there."""
+    image = Image.fromarray(photo).resize((width, height), Image.Resampling.LANCZOS)
+    assert np.array_equal(squeeze(photo, width, height), np.asarray(image))
+
+
+def test_squeezing_shows_the_whole_picture(photo):
+    cut = photo[:300, :450]
+    expected = cut.reshape(100, 3, 225, 2, 3).mean(axis=(1, 3))
+    assert np.abs(squeeze(cut, 225, 100) - expected).max() <= 0.5 + 1e-3
+    assert squeeze(photo, 451, 300) is photo
 
 
 def test_mask_to_latent_is_lanczos_over_255(photo):

@@ -143,7 +143,7 @@ def test_no_name_is_taken_twice():
 
 
 def test_no_option_is_for_later():
-    assert [option.name for option in options_of(FramePackTrainFlags) if option.is_later] == []
+    assert [option.name for option in options_of(FramePackTrainFlags) if option.is_refused] == []
 
 
 @pytest.mark.parametrize("name", NEEDED)

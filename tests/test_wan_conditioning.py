@@ -237,7 +237,11 @@ def test_images_are_whole_unless_the_size_is_to_be_exact(crops, wan_models, pict
     end[:12], end[-12:] = (255, 0, 0), (255, 0, 0)
     Image.fromarray(end).save(tmp_path / "終.png")
     images = {"image_path": str(pictures.start), "end_image_path": str(tmp_path / "終.png")}
-    (found,) = encoded(pipeline_for(wan_models, "i2v-14B"), request("i2v-14B", **images, exact_size=crops))
+    whole = request("i2v-14B", **images, exact_size=crops)
+    found, without = encoded(pipeline_for(wan_models, "i2v-14B"), whole, replace(whole, end_image_path=None))
+    shown, before = found.context.latents, without.context.latents
+    assert shown.shape[2] == 3 and torch.equal(shown[:, :, :2], before), "the end is one more frame, by itself"
+    assert (shown[:, :4, 2] == 1).all()
     _, seen = found.pictures[1]
     assert seen.shape == (HEIGHT // 8, WIDTH // 8, 3)
     assert [bool(seen[row, :, 0].min() > 0.5) for row in (0, 2, -1)] == [not crops, False, not crops]

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from common.flag_options import options_of
 from common.flags import parse
 from options.errors import UserError
 from options.flags_wan_generate import Wan22Flags, WanGenerateFlags
@@ -196,6 +197,23 @@ def test_options_of_wan22_are_refused_by_name(name):
     value = [] if field.default is False else ["1"]
     with pytest.raises(UserError, match=rf"^--{name}: .*Wan2\.1 only$"):
         parse(WanGenerateFlags, description="", argv=[f"--{name}", *value])
+
+
+INCUMBENT_FLAGS = """
+ckpt_dir task sample_solver dit disable_numpy_memmap vae vae_dtype vae_cache_cpu t5 clip lora_weight lora_multiplier
+include_patterns exclude_patterns save_merged_model prompt negative_prompt video_size video_length fps infer_steps
+save_path seed cpu_noise guidance_scale video_path image_path end_image_path control_path one_frame_inference
+control_image_path control_image_mask_path trim_tail_frames cfg_skip_mode cfg_apply_ratio slg_layers slg_scale
+slg_start slg_end slg_mode flow_shift fp8 fp8_scaled fp8_fast fp8_t5 device attn_mode blocks_to_swap
+use_pinned_memory_for_block_swap output_type no_metadata latent_path lycoris compile_args compile compile_backend
+compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit from_file interactive dit_high_noise
+force_v2_1_time_embedding offload_inactive_dit lazy_loading lora_weight_high_noise lora_multiplier_high_noise
+timestep_boundary guidance_scale_high_noise
+""".split()
+
+
+def test_every_option_that_users_know_is_there():
+    assert set(INCUMBENT_FLAGS) <= {option.name for option in options_of(WanGenerateFlags)}
 
 
 def test_video_to_video_is_refused():

@@ -166,6 +166,11 @@ def test_a_training_is_planned_without_weights(shop, tmp_path, capsys, monkeypat
     assert "2 items of 48x32, 3 latent frames" in printed and "transformer in bfloat16" in printed
     tokens = re.search(r"target (\d+)\D+controls (\d+)", printed)
     assert tokens and tokens.groups() == ("6", "12")
+    with_options = {"fp8_scaled": True, "gradient_checkpointing": True, "blocks_to_swap": 1}
+    assert train(shop.command(tmp_path / "出力", plan="any", device=None, **with_options)) == 0
+    printed += capsys.readouterr().out
+    for part, whole, saved in (("weights", "6.4", "3.2"), ("kept", "10.8", "0.1")):
+        assert re.findall(rf"{part} ([0-9.]+)", printed) == [whole, saved]
     assert not (tmp_path / "出力").exists()
 
 

@@ -152,7 +152,7 @@ def encode_pictures(model: CLIPVisionModel, pictures: Sequence[np.ndarray]) -> T
 
 def _prepared(picture: np.ndarray, size: int, device: torch.device) -> Tensor:
     """A picture as CLIP wants it, (1, 3, size, size) float32: bicubic without antialiasing, as the official code."""
-    whole = torch.tensor(picture).to(device)
+    whole = torch.from_numpy(picture.copy()).to(device)  # pictures may be flipped views, or read-only
     pixels = whole.permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", align_corners=False)
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
