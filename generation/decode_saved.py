@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,10 @@ def decode_saved(flags: GenerateFlags, *, vae: str | None, open_decoder: Callabl
             asked = {"fps": fps, **decoder.request}
             now = settings_of_decoding(made, vae=vae_fingerprint, decoding=decoder.recorded, request=asked)
             settings = None if output.no_metadata else now
-            save_frames(frames, output, f"{stem}_{Path(path).stem}", fps=fps, settings=settings)
+            form = (
+                output if output.output_type else replace(output, output_type="images" if len(frames) == 1 else "video")
+            )
+            save_frames(frames, form, f"{stem}_{Path(path).stem}", fps=fps, settings=settings)
     return 0
 
 

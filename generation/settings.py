@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -155,8 +156,9 @@ def _find(digest: str, inputs: Mapping[str, Mapping[str, str]], file: Path, sear
         candidates = [*sorted(found for found in search_dir.rglob("*") if found.name == name), *candidates]
     existing = [candidate for candidate in candidates if os.path.exists(candidate)]
     for candidate in existing:
-        if content_hash(candidate) == digest:
-            return str(candidate)
+        with suppress(OSError):  # something of that name that cannot be read is not it
+            if content_hash(candidate) == digest:
+                return str(candidate)
     if existing:
         got = f"{existing[0]}, which has changed since {file.name} was made"
         raise UserError(

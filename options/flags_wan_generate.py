@@ -54,17 +54,23 @@ class WanComputeFlags(ComputeFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wan22Flags:
+class Wan22PairFlags:
     """What only Wan2.2's pair of transformers has."""
 
     dit_high_noise: str | None = refused("second transformer", why=WAN21_ONLY)
     timestep_boundary: float | None = refused("where the transformers change", why=WAN21_ONLY)
+    offload_inactive_dit: bool = refused("one transformer in RAM", why=WAN21_ONLY, default=False)
+    force_v2_1_time_embedding: bool = refused("embed timesteps as Wan2.1 does", why=WAN21_ONLY, default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wan22Flags(Wan22PairFlags):
+    """The same, with what only its generation has."""
+
     guidance_scale_high_noise: float | None = refused("guidance of the second transformer", why=WAN21_ONLY)
     lora_weight_high_noise: tuple[str, ...] = refused("its LoRAs", why=WAN21_ONLY, default=())
     lora_multiplier_high_noise: tuple[float, ...] = refused("their multipliers", why=WAN21_ONLY, default=())
-    offload_inactive_dit: bool = refused("one transformer in RAM", why=WAN21_ONLY, default=False)
     lazy_loading: bool = refused("load them in turn", why=WAN21_ONLY, default=False)
-    force_v2_1_time_embedding: bool = refused("embed timesteps as Wan2.1 does", why=WAN21_ONLY, default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Literal
 from options.errors import UserError
 from options.flag_fields import flag
 from options.flags_train import TrainFlags
-from options.flags_wan_generate import Wan22Flags, WanModelFlags
+from options.flags_wan_generate import Wan22PairFlags, WanModelFlags
 from options.train_checks import check_train, missing_models
 from options.wan_tasks import DEFAULT_TASK, FLAG, WanTask
 
@@ -42,7 +42,7 @@ class WanTrainFlags(TrainFlags):
 
     models: WanModelFlags
     wan: WanSampleFlags
-    wan22: Wan22Flags
+    wan22: Wan22PairFlags
 
 
 def check_wan_train(flags: WanTrainFlags) -> None:

@@ -199,6 +199,14 @@ def test_a_saved_video_latent_decodes_with_the_window_it_was_made_with(
     assert len(encoded_videos) == 2 and encoded_videos[0] == encoded_videos[1]
 
 
+def test_a_saved_latent_of_one_frame_decodes_to_a_picture(models, demo_models, cat, tmp_path):
+    argv = ["--image_path", cat, "--one_frame_inference", "default", "--output_type", "latent"]
+    assert run(*models, *QUICK, *argv, "--save_path", tmp_path / "a") == 0
+    latent = only_file(tmp_path / "a", "*_latent.safetensors")
+    assert run("--latent_path", latent, "--vae", demo_models.vae, "--save_path", tmp_path / "b") == 0
+    assert only_file(tmp_path / "b", "*").suffix == ".png"
+
+
 def test_latents_carry_their_settings_unless_told_otherwise(models, cat, tmp_path):
     argv = ["--image_path", cat, "--one_frame_inference", "default", "--output_type", "latent"]
     assert run(*models, *QUICK, *argv, "--save_path", tmp_path / "a") == 0

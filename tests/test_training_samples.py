@@ -218,6 +218,9 @@ class QuickPipeline:
     def provenance(self, *, with_paths):
         return Provenance(family="framepack", models={"--dit": "x"}, compute={}, with_paths=with_paths)
 
+    def check(self, request) -> None:
+        """Nothing that only models tell is wrong."""
+
     @contextmanager
     def encoder(self) -> Iterator:
         yield lambda requests: map(self.encode, requests)

@@ -23,6 +23,7 @@ from dataset.frames import examine_video
 from demo.wan_models import WanModelPaths
 from generation.outputs import load_latents
 from networks.lora_merge import plan_merge
+from options.errors import UserError
 from options.flags_wan_train import WanTrainFlags
 from options.lora import LoraChoice
 from tests.cache_builders import picture, write_clip, write_config
@@ -290,6 +291,18 @@ def make_samples(given: list[object], prompts: Path, folder: Path) -> None:
     samples = Samples(architecture, jobs, folder=folder / "sample", name="x", processes=Processes(), **place)
     samples.encode()
     samples.make(architecture.load_transformer(**place), step=1, session=1)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("--cn なし.mp4 --f 5", "no such file"), ("--cn {clip} --f 9", "4 frames")]
+)
+def test_a_control_video_that_cannot_be_used_is_refused_before_training(line, words, wan_models, tmp_path) -> None:
+    write_clip(tmp_path / "制御.mp4", 4, fps=16, size=(64, 48))
+    models, prompts = wan_models.for_kind("fun_control"), tmp_path / "例.txt"
+    prompts.write_text(f"猫 {line.format(clip=tmp_path / '制御.mp4')} --w 64 --h 48", encoding="utf-8")
+    given = ["--task", "t2v-1.3B-FC", *flags_of(models, "dit", "vae", "t5"), "--device", "cpu"]
+    with pytest.raises(UserError, match=f"--control_path.*{words}"):
+        make_samples(given, prompts, tmp_path)
 
 
 def test_models_of_samples_are_loaded_as_flags_say(wan_models) -> None:

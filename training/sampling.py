@@ -21,6 +21,7 @@ from common.device import release_memory
 from common.media import image_size
 from common.processes import Processes
 from dataset.epochs import stable_number
+from generation.check import check_jobs
 from generation.jobs import Job, single_job
 from generation.outputs import save_pictures, save_video
 from generation.pipeline import Conditioning, Denoise, Failure, Frames, Pipeline
@@ -177,6 +178,7 @@ class Samples:
 
     def _encode(self, own: Sequence[tuple[int, Job]]) -> list[_Encoded]:
         pipeline = self._open(None)
+        check_jobs(pipeline, [job for _, job in own])
         provenance, report, encoded = pipeline.provenance(with_paths=False), Report(), []
         with pipeline.encoder() as encode:
             results = encode([job.request for _, job in own])

@@ -90,7 +90,8 @@ class WanPipeline:
             keep=keep_loaded,
             lent=transformer,
         )
-        self._needs_advice = transformer is None and not (merge and merge.choices)
+        # A trainer gives no LoRAs: it trains one.
+        self._needs_advice = merge is not None and not merge.choices
 
     def provenance(self, *, with_paths: bool) -> Provenance:
         """What results of this pipeline say about their models and types."""
