@@ -24,8 +24,9 @@ from options.lora import lora_choices
 
 def open_pipeline(flags: FramePackGenerateFlags):
     """The pipeline, with all models' headers checked and no weight read."""
+    from frame_pack.compute import Compute
     from frame_pack.loading import open_models
-    from frame_pack.pipeline import Compute, FramePackPipeline
+    from frame_pack.pipeline import FramePackPipeline
     from networks.lora_merge import plan_merge
 
     check_compile(flags.compilation, swaps=bool(flags.compute.blocks_to_swap))

@@ -32,12 +32,12 @@ from benchmarks.command import HEAD_DIM, check_sizes, config_of, printed
 from benchmarks.memory import CommandFailed, watched
 from common import flags
 from common.device import peak_logged, pick_device
+from frame_pack.compute import Compute
 from frame_pack.config import FramePackConfig
 from frame_pack.context import HISTORY_FRAMES, PackedContext, one_frame_context, section_context
 from frame_pack.costs import NUM_IMAGE, FramePackCosts, Tokens
 from frame_pack.loading import load_transformer, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
-from frame_pack.pipeline import Compute
 from frame_pack.plan import empty_transformers
 from frame_pack.swapping import swap_limits
 from modules.attention import LIBRARIES

@@ -7,13 +7,14 @@ video         two sections as a strip of frames
 data_set      two kisekaeichi items and a clip as the caching script shows them
 lora          a LoRA trained on the spot, and what it does to scenes that it has not seen
 1f-mc         the same with two control images
+wan           Wan2.1: caches, two LoRAs, one frame and a middle frame (`demo/wan_acts.py`)
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -21,11 +22,13 @@ from PIL import Image
 from demo.data_set import caching_commands, clear_pairs, write_data_set
 from demo.encoders import ModelPaths
 from demo.sheets import opened, row_sheet, table_sheet, tiled
+from demo.stage import Played, Stage
 from demo.toy.exams import EXAM_SEED
 from demo.toy.lessons import BLUE_SQUARE, TOGETHER, Example, Lesson, examples, question, teach
 from demo.toy.pool import dressed_picture
-from demo.toy.trials import INDICES, STEPS, Call, Question, ask, dress, films, held_out, saved, still
+from demo.toy.trials import INDICES, STEPS, Question, ask, dress, films, held_out, saved, still
 from demo.toy.world import DIRECTIONS, SIZE, Scene
+from demo.wan_acts import wan
 
 NUM_DRESSED, NUM_LEARNED = 2, 6
 """Scenes that the sheets show."""
@@ -49,26 +52,6 @@ ENCODERS = ("vae", "text_encoder1", "text_encoder2", "image_encoder")
 """All models but the transformer, by their flags."""
 NUM_SAMPLES = 4
 """While a LoRA is trained, apart from the one before the first step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Where an act takes place."""
-
-    models: ModelPaths
-    folder: Path
-    """For everything that the act makes."""
-    call: Call
-
-
-@dataclass(frozen=True, kw_only=True)
-class Played:
-    """What came of an act."""
-
-    sheets: Mapping[str, Image.Image]
-    """By the names that the documents' pictures have."""
-    made: tuple[Path, ...]
-    """Files, and folders of files."""
 
 
 def one_frame(stage: Stage) -> Played:
@@ -251,6 +234,7 @@ ACTS: Mapping[str, Callable[[Stage], Played]] = {
     "video": video,
     "data_set": data_set,
     "lora": lora,
+    "wan": wan,
     "1f-mc": one_frame_multi_control,
 }
 LONG = ("1f-mc",)

@@ -20,18 +20,18 @@ Row = Sequence[tuple[str, np.ndarray]]
 """Labels, and pictures (H, W, 3) or masks (H, W), uint8."""
 
 
-def enlarged(picture: np.ndarray) -> Image.Image:
+def enlarged(picture: np.ndarray, times: int = TIMES) -> Image.Image:
     """Without smoothing; a mask gets a frame, because its white is that of the sheet."""
     height, width = picture.shape[:2]
-    large = Image.fromarray(picture).resize((width * TIMES, height * TIMES), Image.Resampling.NEAREST)
+    large = Image.fromarray(picture).resize((width * times, height * times), Image.Resampling.NEAREST)
     if picture.ndim == 2:
         ImageDraw.Draw(large).rectangle((0, 0, large.width - 1, large.height - 1), outline=FRAME)
     return large
 
 
-def row_sheet(row: Row, *, title: str | None = None) -> Image.Image:
+def row_sheet(row: Row, *, title: str | None = None, times: int = TIMES) -> Image.Image:
     """One row of pictures of one size."""
-    cells = [(label, enlarged(picture)) for label, picture in row]
+    cells = [(label, enlarged(picture, times)) for label, picture in row]
     return contact_sheet(cells, columns=len(cells), cell_width=cells[0][1].width, title=title)
 
 

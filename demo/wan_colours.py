@@ -112,7 +112,7 @@ def _normalise_latents(tensors: Tensors) -> None:
     gain[COLOURS:] *= SIZE  # the constant has made all others small
     weight, bias = tensors["encoder.head.2.weight"], tensors["encoder.head.2.bias"]
     weight[channels] *= gain.view(-1, 1, 1, 1, 1)
-    bias[channels] = bias[channels] * gain + mean
+    bias[channels] = bias[channels] * deviation + mean
     for name in ("conv1", "conv2"):
         tensors[f"{name}.weight"][channels] = torch.eye(len(tensors[f"{name}.weight"]))[channels, :, None, None, None]
         tensors[f"{name}.bias"][channels] = 0

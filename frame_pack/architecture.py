@@ -13,10 +13,11 @@ from common.weights import Checkpoint
 from dataset.cached_items import CachingScripts, Layout
 from dataset.training_dataset import TrainBatch, TrainingDataset
 from frame_pack.cached_context import FEATURES, from_batch
+from frame_pack.compute import Compute
 from frame_pack.config import FAMILY, FramePackConfig
 from frame_pack.loading import FramePackCheckpoints, build_transformer, load_transformer, open_models, open_transformer
 from frame_pack.model import Conditioning, FramePackTransformer, guidance_input
-from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.pipeline import FramePackPipeline
 from frame_pack.plan import empty_transformers
 from frame_pack.swapping import swap_limits
 from frame_pack.training_plan import largest_batch

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from common.residency import Resident
 from common.weights import check_names_and_shapes
+from frame_pack.compute import Compute
 from frame_pack.decoding import decode_latents
-from frame_pack.pipeline import Compute
 from generation.decode_saved import SavedDecoder
 from generation.decode_saved import decode_saved as decode
 from generation.pipeline import Frames

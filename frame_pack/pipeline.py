@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from common.device import pick_dtype
 from common.residency import Resident
 from common.tokenizers import tokenizer_fingerprint
-from common.weights import Checkpoint, fingerprint
+from common.weights import fingerprint
+from frame_pack.compute import Compute
 from frame_pack.conditioning import Encoders, FramePackConditioning, encode_requests
 from frame_pack.config import FAMILY, FramePackConfig
 from frame_pack.costs import num_tokens
@@ -27,70 +26,16 @@ from frame_pack.sampling import generate_latents
 from frame_pack.swapping import swap_limits
 from generation.pipeline import Denoise, Encode, Frames, OnProgress
 from generation.settings import Provenance, merged_loras
-from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.memory import VaeWork, decode_bytes
 from hunyuan_model.text_encoders import find_tokenizer, load_clip, load_llama, load_tokenizer
-from modules.compute import TransformerCompute, planned_device, transformer_compute
 from modules.transformer_plan import EmptyTransformers
 from networks.lora_merge import LoraMerge
 from networks.transformer_stage import TransformerStage
-from options.flags_compile import CompileFlags
-from options.flags_fpack_generate import FramePackComputeFlags
 from options.fpack_request import FramePackRequest
 from options.memory_size import MemorySize
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLHunyuanVideo
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute(TransformerCompute):
-    """Where and in which types the models run, and how the VAE saves memory."""
-
-    encoder_dtype: torch.dtype
-    """For both text encoders, SigLIP and the VAE."""
-    fp8_llm: bool = False
-    vae_tile_size: int | None = None
-    vae_chunk_size: int | None = None
-    bulk_decode: bool = False
-
-    @classmethod
-    def from_flags(cls, flags: FramePackComputeFlags, speed: CompileFlags | None = None) -> Compute:
-        """bfloat16 transformer and float16 encoders on a GPU, float32 on a CPU, unless `--dit_dtype` says otherwise.
-
-        Raises:
-            UserError: a device that torch cannot use.
-        """
-        settings = transformer_compute(flags, speed)
-        return cls(
-            **settings,
-            encoder_dtype=pick_dtype(None, on_gpu="float16", device=settings["device"]),
-            fp8_llm=flags.fp8_llm,
-            vae_tile_size=flags.tile_size,
-            vae_chunk_size=flags.vae_chunk_size,
-            bulk_decode=flags.bulk_decode,
-        )
-
-    def planned(self, flags: FramePackComputeFlags) -> Compute:
-        """With the types that a GPU would get, on a machine without one, unless `--device` asks for this machine."""
-        device = planned_device(flags, self.device)
-        return replace(
-            self,
-            transformer_dtype=pick_dtype(flags.dit_dtype, on_gpu="bfloat16", device=device),
-            encoder_dtype=pick_dtype(None, on_gpu="float16", device=device),
-        )
-
-    def recorded(self) -> dict[str, object]:
-        return super().recorded() | {
-            "fp8_llm": self.fp8_llm,
-            "vae_spatial_tile_sample_min_size": self.vae_tile_size,
-            "vae_chunk_size": self.vae_chunk_size,
-            "bulk_decode": self.bulk_decode,
-        }
-
-    def load_vae(self, checkpoint: Checkpoint) -> AutoencoderKLHunyuanVideo:
-        place = {"dtype": self.encoder_dtype, "device": self.device}
-        return hunyuan_vae.load_vae(checkpoint, chunk_size=self.vae_chunk_size, tile_size=self.vae_tile_size, **place)
+    pass
 
 
 class FramePackPipeline:

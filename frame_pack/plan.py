@@ -32,7 +32,7 @@ from options.memory_size import MemorySize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from frame_pack.pipeline import Compute
+    from frame_pack.compute import Compute
 
 CHUNK = 32
 """Columns, where the plan suggests chunks."""

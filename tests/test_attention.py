@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frame_pack.pipeline import Compute
+from frame_pack.compute import Compute
 from modules.attention import PLAIN, AttentionLayout, AttentionOptions, attend, check_attention, describe, try_attention
 from modules.execution import Execution
 from options.errors import UserError

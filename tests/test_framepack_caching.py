@@ -19,9 +19,10 @@ from dataset.jobs import Job, Sample, Unit
 from dataset.sources import MediaItem
 from frame_pack.cached_context import from_batch
 from frame_pack.caching import FramePackCacheRules, FramePackLatentEncoder
+from frame_pack.compute import Compute
 from frame_pack.image_encoder import load_siglip, open_siglip
 from frame_pack.loading import open_models
-from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.pipeline import FramePackPipeline
 from frame_pack.sampling import generate_latents
 from hunyuan_model.vae import load_vae, open_vae
 from options.flags_fpack_generate import FramePackModelFlags

@@ -18,8 +18,9 @@ from common.flags import parse
 from common.media import fit, read_video
 from frame_pack import conditioning
 from frame_pack import pipeline as pipeline_module
+from frame_pack.compute import Compute
 from frame_pack.loading import open_models
-from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.pipeline import FramePackPipeline
 from generation.pipeline import Failure
 from modules.flow_matching import denoised, resolution_mu, shifted_sigmas
 from modules.samplers import unipc

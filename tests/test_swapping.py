@@ -16,8 +16,9 @@ import fpack_generate_video
 from common.flags import parse
 from frame_pack import loading
 from frame_pack import pipeline as pipeline_module
+from frame_pack.compute import Compute
 from frame_pack.config import FramePackConfig
-from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.pipeline import FramePackPipeline
 from frame_pack.swapping import swap_limits
 from modules.block_swap import SwapOptions
 from modules.checkpointing import Checkpointing

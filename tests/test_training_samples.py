@@ -19,8 +19,9 @@ import fpack_generate_video
 from common.flags import parse
 from common.processes import Processes
 from common.sheets import contact_sheet
+from frame_pack.compute import Compute
 from frame_pack.loading import load_transformer, open_models
-from frame_pack.pipeline import Compute, FramePackPipeline
+from frame_pack.pipeline import FramePackPipeline
 from generation.outputs import load_latents, read_settings, save_pictures
 from generation.pipeline import Failure
 from generation.settings import Provenance

@@ -7,7 +7,6 @@ together      1f-mc: the second control's shape on the first control's backgroun
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from demo.data_set import quoted
 from demo.encoders import ModelPaths
 from demo.toy.pool import dressed_picture
-from demo.toy.trials import MODELS, Call, Question, saved
+from demo.toy.rows import Row, write_rows
+from demo.toy.trials import MODELS, Call, Question
 from demo.toy.world import SIZE, Scene, scenes
 
 SEED = 300
@@ -127,16 +127,11 @@ def teach(lesson: Lesson, folder: Path, call: Call, *, models: ModelPaths = MODE
 
 def write_lesson(lesson: Lesson, folder: Path) -> Path:
     """Writes pictures, captions (JSONL) and the data set file, and returns the latter."""
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, example in enumerate(examples(lesson)):
-        target = saved(example.target, pictures / f"{number:03}.png")
-        controls = [saved(c, pictures / f"{number:03}_control_{i}.png") for i, c in enumerate(example.controls)]
-        paths = {f"control_path_{i}": str(path) for i, path in enumerate(controls)}
-        lines.append(json.dumps({"image_path": str(target), "caption": lesson.caption, **paths}, ensure_ascii=False))
-    jsonl, config = folder / "pictures.jsonl", folder / "data.toml"
-    jsonl.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [
+        Row(name=f"{number:03}", caption=lesson.caption, controls=example.controls, target=example.target)
+        for number, example in enumerate(examples(lesson))
+    ]
+    jsonl, config = write_rows(rows, folder), folder / "data.toml"
     text = CONFIG.format(
         lines=quoted(jsonl),
         cache=quoted(folder / "cache"),

@@ -41,11 +41,11 @@ class Question:
 
     caption: str
     controls: tuple[np.ndarray, ...]
-    """(SIZE, SIZE, 3) uint8 each."""
+    """(H, W, 3) uint8 each."""
     options: str
     """What `--one_frame_inference` would be told."""
     masks: tuple[np.ndarray, ...] = ()
-    """(SIZE, SIZE) uint8, white keeps."""
+    """(H, W) uint8, white keeps."""
     lora: Path | None = None
     seed: int | None = None
     """By default the number of the line."""
@@ -69,13 +69,18 @@ def dress(ground: Scene, shape: Scene, *, masked: bool = True) -> Question:
 
 def ask(questions: Sequence[Question], folder: Path, call: Call, *, models: ModelPaths = MODELS) -> list[np.ndarray]:
     """The pictures (SIZE, SIZE, 3) uint8 that one call of the script makes of the questions, in their order."""
+    return answers(_command(models), questions, folder, call)
+
+
+def answers(command: Sequence[str], questions: Sequence[Question], folder: Path, call: Call) -> list[np.ndarray]:
+    """`ask` by any command that generates; it is told the prompts, and where pictures go."""
     inputs, out = folder / "inputs", folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     inputs.mkdir(parents=True, exist_ok=True)
     lines = [_line(question, number, inputs) for number, question in enumerate(questions)]
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    call([*_command(models, out), "--from_file", str(prompts), "--output_type", "images"])
+    call([*command, "--from_file", str(prompts), "--output_type", "images", "--save_path", str(out)])
     return [np.asarray(Image.open(path).convert("RGB")) for path in _in_order(out, "*.png", len(questions))]
 
 
@@ -91,7 +96,8 @@ def films(chosen: Iterable[Scene], folder: Path, call: Call, *, models: ModelPat
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     length = ["--video_sections", str(SECTIONS), "--latent_window_size", str(WINDOW)]
-    call([*_command(models, out), "--from_file", str(prompts), *length, "--output_type", "video"])
+    output = ["--output_type", "video", "--save_path", str(out)]
+    call([*_command(models), "--from_file", str(prompts), *length, *output])
     return [np.stack([*read_video(path, flag="video")]) for path in _in_order(out, "*.mp4", len(lines))]
 
 
@@ -105,15 +111,15 @@ def _line(question: Question, number: int, folder: Path) -> str:
 
 
 def saved(picture: np.ndarray, path: Path) -> Path:
-    """Writes a picture (SIZE, SIZE, 3) or a mask (SIZE, SIZE), and returns its path."""
+    """Writes a picture (H, W, 3) or a mask (H, W), and returns its path."""
     Image.fromarray(picture).save(path)
     return path
 
 
-def _command(models: ModelPaths, out: Path) -> list[str]:
+def _command(models: ModelPaths) -> list[str]:
     flags = [text for name, path in vars(models).items() for text in (f"--{name}", str(path))]
     size = ["--video_size", str(SIZE), str(SIZE), "--infer_steps", str(STEPS)]
-    return ["fpack_generate_video.py", *flags, *size, "--device", "cpu", "--save_path", str(out)]
+    return ["fpack_generate_video.py", *flags, *size, "--device", "cpu"]
 
 
 def _in_order(folder: Path, pattern: str, count: int) -> list[Path]:
