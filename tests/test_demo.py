@@ -16,6 +16,9 @@ import demo.run
 import fpack_cache_latents
 import fpack_cache_text_encoder_outputs
 import fpack_generate_video
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_generate_video
 from common.flags import parse
 from common.media import read_video, write_video
 from dataset.config import load_dataset_config
@@ -29,9 +32,12 @@ from demo.sheets import MARGIN, enlarged, heading, in_two_columns, row_sheet, sa
 from demo.toy.lessons import BLUE_SQUARE, TOGETHER
 from demo.toy.trials import MODELS
 from demo.toy.world import DIRECTIONS, SIZE
+from demo.wan_lessons import LESSONS
 from networks.lora_metadata import write_lora
 from options.flags_fpack_cache import FramePackCacheLatentsFlags, FramePackCacheTextsFlags
 from options.flags_fpack_train import FramePackTrainFlags, check_framepack_train
+from options.flags_wan_cache import WanCacheLatentsFlags, WanCacheTextsFlags
+from options.flags_wan_train import WanTrainFlags, check_wan_train
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -43,7 +49,15 @@ PICTURES = ROOT / "docs" / "pictures"
 SCRIPTS = {
     "fpack_cache_latents.py": (fpack_cache_latents, FramePackCacheLatentsFlags),
     "fpack_cache_text_encoder_outputs.py": (fpack_cache_text_encoder_outputs, FramePackCacheTextsFlags),
+    "wan_cache_latents.py": (wan_cache_latents, WanCacheLatentsFlags),
+    "wan_cache_text_encoder_outputs.py": (wan_cache_text_encoder_outputs, WanCacheTextsFlags),
 }
+GENERATORS = {"fpack_generate_video.py": fpack_generate_video, "wan_generate_video.py": wan_generate_video}
+TRAINERS = {
+    "fpack_train_network.py": (FramePackTrainFlags, check_framepack_train, "single_transformer_blocks_0_attn_to_v"),
+    "wan_train_network.py": (WanTrainFlags, check_wan_train, "blocks_0_self_attn_v"),
+}
+"""With a layer of each family's small transformers, 256 wide."""
 TOY_MODELS = ModelPaths.under(MODELS.dit.parent.relative_to(ROOT))
 
 
@@ -106,11 +120,11 @@ class Scripts:
 
     def __call__(self, command: Sequence[str]) -> None:
         script, *arguments = command
-        if script == "fpack_generate_video.py":
-            assert fpack_generate_video.main([*arguments, "--check"]) == 0
+        if script in GENERATORS:
+            assert GENERATORS[script].main([*arguments, "--check"]) == 0
             self.generate(arguments)
-        elif script == "fpack_train_network.py":
-            self.train(arguments)
+        elif script in TRAINERS:
+            self.train(arguments, *TRAINERS[script])
         elif "--preview" in arguments:
             assert SCRIPTS[script][0].main(arguments) == 0
         else:
@@ -131,14 +145,15 @@ class Scripts:
             else:
                 Image.fromarray(grey).save(out / f"{number:03}.png")
 
-    def train(self, arguments: list[str]) -> None:
-        flags = parse(FramePackTrainFlags, description="", argv=arguments)
-        check_framepack_train(flags)
+    def train(self, arguments: list[str], kind: type, check_flags: Callable, layer: str) -> None:
+        flags = parse(kind, description="", argv=arguments)
+        check_flags(flags)
         folder, name = Path(flags.saving.output_dir), flags.saving.output_name
-        layer = "lora_unet_single_transformer_blocks_0_attn_to_v"
         tensors = {"lora_down.weight": torch.ones(4, 256), "lora_up.weight": torch.zeros(256, 4)}
-        write_lora(folder / f"{name}.safetensors", {f"{layer}.{key}": tensor for key, tensor in tensors.items()}, {})
-        (folder / "sample").mkdir()
+        write_lora(
+            folder / f"{name}.safetensors", {f"lora_unet_{layer}.{key}": tensor for key, tensor in tensors.items()}, {}
+        )
+        (folder / "sample").mkdir(parents=True)
         for path in (folder / "sample" / f"{name}_00_sheet.png", folder / f"{name}_loss.png"):
             Image.new("RGB", (90, 40)).save(path)
 
@@ -214,6 +229,18 @@ def label_height(sheet: Image.Image, lesson) -> int:
     """Of a row of the table: what is left of the sheet's height when pictures, margins and title are taken away."""
     rows = 3 + len(lesson.control_indices)
     return (sheet.height - MARGIN * (rows + 2)) // rows - 2 * SIZE
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_wans_act_asks_for_what_it_taught_without_the_lora_and_with_it(lesson, play) -> None:
+    folder, _ = play("wan")
+    (data,) = load_dataset_config(folder / f"{lesson.name}.toml").datasets
+    assert data.fp_1f_clean_indices == lesson.control_indices and data.fp_1f_target_index == 1
+    lines = (folder / lesson.name / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    without, with_lora = lines[: len(lesson.rows)], lines[len(lesson.rows) :]
+    assert len(with_lora) == len(without) and not any("--lora" in line for line in without)
+    assert all(f"--lora {folder / lesson.name / lesson.name}.safetensors" in line for line in with_lora)
+    assert [line.split(" --")[0] for line in without + with_lora] == [row.caption for row in lesson.rows] * 2
 
 
 def test_the_documents_show_what_the_demo_makes_and_nothing_else(play) -> None:

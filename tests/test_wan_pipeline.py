@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.block_swap import Swapping
+from modules.block_swap import SwapOptions, Swapping, attach
 from options.wan_request import WanRequest, WanRequestFlags
 from options.wan_tasks import find_task
 from tests.wan_driver import relative
@@ -216,10 +216,12 @@ def test_skip_layer_guidance_leads_away_from_what_skips(mode, expected):
         assert made[0] == expected
 
 
-@pytest.mark.parametrize("kind", ["i2v", "flf2v"])
-def test_joined_passes_are_what_two_passes_are(kind, monkeypatch):
-    """With every kind of step."""
+@pytest.mark.parametrize(("kind", "is_swapped"), [("i2v", False), ("flf2v", True)])
+def test_joined_passes_are_what_two_passes_are(kind, is_swapped, monkeypatch):
+    """With every kind of step; also where swapped blocks make keys and values themselves, as in training."""
     model = build_transformer(kind)
+    if is_swapped:
+        attach(model, SwapOptions(counts=(2,), invariant="with their blocks"), torch.device("cpu"))
     rows = model.config.num_image_positions or 257
     cond = conditioning(0, 4, 9, target=1, text=random(4, 48, seed=1), negative=random(7, 48, seed=2))
     shown = replace(cond.context, latents=random(1, 20, 3, LATENT, LATENT, seed=3))

@@ -253,8 +253,9 @@ def test_check_and_plan_read_everything_but_weights_and_write_nothing(
     assert not reads and not (tmp_path / "out").exists()
 
 
-def test_hints_come_when_everything_is_known_to_work(i2v, frame, tmp_path, caplog, capsys):
+def test_hints_come_when_everything_is_known_to_work(i2v, frame, tmp_path, caplog, monkeypatch):
     """So that an error is the only line."""
+    monkeypatch.setattr("options.wan_tasks.WIDTHS", {"1.3B": 256, "14B": 5120})
     odd = ["--slg_scale", 2, "--compile_mode", "max-autotune", "--cfg_skip_mode", "early"]
     common = [*i2v, *QUICK, *frame, *odd, "--save_path", tmp_path / "out", "--check"]
     with caplog.at_level(logging.WARNING):
@@ -262,7 +263,7 @@ def test_hints_come_when_everything_is_known_to_work(i2v, frame, tmp_path, caplo
         assert not caplog.records
         assert run(*common) == 0
     hinted = [record.message.split()[0] for record in caplog.records]
-    assert hinted == ["--compile_mode", "--cfg_skip_mode", "--slg_scale", "Wan's"]
+    assert hinted == ["--compile_mode", "--cfg_skip_mode", "--slg_scale", "--dit", "Wan's"]
 
 
 COMPILED = {
