@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 Tensors = MutableMapping[str, Tensor]
 
 SEED = 7
-NUM_BLOCKS = 2
-"""Of the small models' three: the fewer, the less there is to compute in training."""
 CALM = 0.3
 """How much of themselves the random layers keep that write to the tokens."""
 ROTATED = 2 * (HEAD_DIM // 6)
@@ -48,17 +46,10 @@ def build_teachable_models(folder: Path, kinds: Iterable[Kind]) -> dict[Kind, Wa
     models = {kind: build_wan_models(folder, kind=kind) for kind in kinds}
     for paths in models.values():
         tensors = stored_as(torch.float32, load(paths.dit.read_bytes()))
-        tensors = {name: tensor for name, tensor in tensors.items() if _block(name) < NUM_BLOCKS}
         lay_path(tensors)
         with atomic_file(paths.dit) as temporary:
             save_file(stored_as(torch.bfloat16, tensors), temporary)
     return models
-
-
-def _block(name: str) -> int:
-    """The number of the block that a tensor belongs to; -1 for none."""
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blocks" else -1
 
 
 @torch.no_grad()

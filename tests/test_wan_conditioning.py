@@ -22,6 +22,7 @@ from dataset.cache_files import read_cache
 from dataset.frames import read_frames
 from generation.pipeline import Failure
 from modules.block_swap import Swapping
+from networks.lora_merge import plan_merge
 from options.flags_wan_generate import WanGenerateFlags
 from options.wan_request import WanRequest, WanRequestFlags
 from options.wan_tasks import find_task
@@ -48,8 +49,11 @@ def pictures(material, tmp_path_factory) -> Pictures:
 
 
 def pipeline_for(wan_models, task: str) -> WanPipeline:
+    """As the script opens it."""
     flags = parse(WanGenerateFlags, description="", argv=models_for(wan_models, task))
-    return WanPipeline(open_models(flags.models, flags.request.task), Compute.from_flags(flags.compute))
+    checkpoints = open_models(flags.models, flags.request.task)
+    merge = plan_merge((), checkpoints.transformer)
+    return WanPipeline(checkpoints, Compute.from_flags(flags.compute), merge=merge)
 
 
 def request(task: str, **changes) -> WanRequest:
